@@ -1,0 +1,1 @@
+"""Model families: torch modules written for export, and the checkpoints they load."""

@@ -1,0 +1,39 @@
+"""One exception tree. Every message is one line: what was wrong, where, and what to do about it.
+
+Exit codes of the command line follow from the class: `InputError` is 2 (the user can mend it), `CheckFailedError`
+is 1 (the thing was measured and is not good). Anything else is a defect of qexport and shows its traceback.
+"""
+
+from __future__ import annotations
+
+
+class QexportError(Exception):
+    """Base of every error that qexport raises on purpose."""
+
+    exit_code = 2
+
+
+class InputError(QexportError):
+    """Wrong usage or wrong input: an unknown name, a missing file, a value out of range."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint file that is missing, unreadable, unsafe, or of another architecture."""
+
+
+class BundleError(InputError):
+    """A bundle that is incomplete, altered, unsafe to open, or of another format version."""
+
+
+class UnsupportedError(InputError):
+    """A combination that cannot be carried out: said so rather than replaced by something else."""
+
+
+class MissingDependencyError(InputError):
+    """A part of the toolchain that needs a package which is not installed."""
+
+
+class CheckFailedError(QexportError):
+    """A verification limit was breached."""
+
+    exit_code = 1

@@ -1,0 +1,157 @@
+"""What a model family hands to the toolchain.
+
+The toolchain knows no family by name. A family is one `Family` object behind an entry point of the group
+``qexport.models``; it lists the models it can build and builds one as a `Generator`: torch modules without state and
+without randomness, the sampling plan that plays them, and the names of the weights that may be quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qexport.errors import InputError
+from qexport.plan import Dim, Plan
+from qexport.suggest import nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+ENTRY_POINT_GROUP = "qexport.models"
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a graph: name, dtype as NumPy spells it, shape with symbolic dimensions by name."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A graph to be captured.
+
+    `module.forward` takes one tensor per entry of `inputs`, in order, and returns a tuple with one per entry of
+    `outputs`. `example_dims` gives each symbolic dimension a size ≥ 2 for tracing (smaller ones would be baked in).
+    Parameter names of `module` become the names of initialisers; no parameter may belong to two graphs.
+    """
+
+    name: str
+    module: torch.nn.Module
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    example_dims: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class DrawSpec:
+    """Where a graph draws tokens: names of the ports that hold what is needed to judge a draw.
+
+    `logits` (batch, tokens, V) are guided but not yet filtered; `uniform` (batch, tokens) is the noise; `tokens`
+    (batch, tokens) the outcome; `top_k`, `top_p`, `temperature` the scalar inputs.
+    """
+
+    graph: str
+    logits: str = "logits"
+    tokens: str = "tokens"
+    uniform: str = "uniform"
+    top_k: str = "top_k"
+    top_p: str = "top_p"
+    temperature: str = "temperature"
+
+
+class LogitModel(Protocol):
+    """Teacher forcing, for quality figures of language-style models; no guidance, no filtering."""
+
+    def tokenize(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (n, 3, H, W) in [0, 1] → tokens (n, L) int64."""
+        ...
+
+    def teacher_forced_logits(self, labels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Labels (n,) and tokens (n, L), int64 → logits (n, L, V)."""
+        ...
+
+    @property
+    def scale_lengths(self) -> Sequence[int]:
+        """Tokens per group for which figures are reported apart (VAR: per scale), summing to L."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model that can be loaded, for `qexport models` and for messages.
+
+    `files` are the checkpoint files it is made of, in the order (generator, decoder); bundled ones lie inside the
+    package. `parameters` counts the generator only.
+    """
+
+    name: str
+    family: str
+    image_size: int
+    num_classes: int
+    parameters: int
+    files: tuple[str, ...]
+    source: str
+    licence: str
+    bundled: bool
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+
+@dataclass
+class Generator:
+    """A model ready for quantisation: graphs, plan, and what may be quantised.
+
+    `layers` maps a layer name (``blocks.3.ffn.fc2``) to (graph, parameter name) for every matrix (out, in) that a
+    recipe may name; `default_layers` are the patterns that the presets quantise. `quality` answers teacher forcing.
+    `checkpoint_sha256` maps the role of each checkpoint file to its hash. `licence` is shown where weights are loaded.
+    """
+
+    entry: ModelEntry
+    graphs: tuple[GraphSpec, ...]
+    plan: Plan
+    layers: Mapping[str, tuple[str, str]]
+    default_layers: tuple[str, ...]
+    draw: DrawSpec | None
+    quality: LogitModel | None
+    tables: Mapping[str, np.ndarray]
+    checkpoint_sha256: Mapping[str, str]
+
+    def graph(self, name: str) -> GraphSpec:
+        """The graph of that name."""
+        return next(g for g in self.graphs if g.name == name)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: its name, its entries, and how to build one.
+
+    `load(entry, checkpoint, vae_checkpoint)` returns a `Generator` on the CPU in float32, evaluation mode. Paths
+    that are None mean the bundled or already downloaded file.
+    """
+
+    name: str
+    entries: tuple[ModelEntry, ...]
+    load: Callable[[ModelEntry, str | None, str | None], Generator]
+
+
+def families() -> tuple[Family, ...]:
+    """Every installed family, in order of name."""
+    found = [point.load() for point in entry_points(group=ENTRY_POINT_GROUP)]
+    return tuple(sorted(found, key=lambda family: family.name))
+
+
+def find_model(name: str) -> tuple[Family, ModelEntry]:
+    """The family and entry of the model called `name`.
+
+    Raises:
+        InputError: no such model; the message suggests the nearest names.
+    """
+    known = {entry.name: (family, entry) for family in families() for entry in family.entries}
+    if name not in known:
+        raise InputError(f"unknown model {name!r}{nearest(name, known)}; `qexport models` lists all {len(known)}")
+    return known[name]

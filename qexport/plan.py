@@ -1,0 +1,194 @@
+"""The sampling plan: which graph is called when, and what feeds each of its ports.
+
+A generator is a few graphs and a plan. The plan has no expressions, so that a player is short enough to be written in
+any language: it names tensors, and says where each comes from and goes to. `docs/bundle.md` is the same in prose.
+
+A port is fed from one *source*, written as text:
+
+- ``input.NAME``     a value the caller gives (class labels, guidance scale, top-k …), one of `Plan.inputs`
+- ``state.NAME``     a tensor carried from call to call, one of `Plan.state`
+- ``const.NAME``     the value that the current iteration of a `for` call gives to NAME
+- ``row.NAME``       row i of the table NAME in iteration i of a `repeat` call
+- ``noise.NAME``     fresh random numbers, one of `Plan.noise`
+
+Values of ``const`` are numbers, or ``"table:NAME"`` for a tensor that lies in the weight file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qexport.errors import BundleError
+
+PLAN_VERSION = 1
+DTYPES = ("float32", "float16", "int64", "int32", "bool")
+DISTRIBUTIONS = ("uniform", "normal")
+SOURCE_KINDS = ("input", "state", "const", "row", "noise")
+
+Dim = int | str
+"""One size of a shape: a number, or the name of a dimension that is known only when the plan is played."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A value the caller gives.
+
+    Shape ``("batch",)`` is one value an image, ``()`` is one for the whole call. Without a `default` it is required.
+    `minimum` and `maximum` are inclusive limits; `doc` is one line for `generate --help`-like listings.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...] = ()
+    default: float | int | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class State:
+    """A tensor carried from call to call; `init` is ``"zeros"`` or ``"noise.NAME"`` (then shapes must agree)."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+    init: str = "zeros"
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Fresh random numbers: ``uniform`` on [0, 1) or standard ``normal``, float32, first dimension ``"batch"``.
+
+    Image n of seed s draws from ``Generator(Philox(key=[s, n]))`` of NumPy, in the order in which the plan asks, so an
+    image does not depend on the batch that it is drawn in. Dimensions may name an integer constant of the iteration.
+    """
+
+    name: str
+    distribution: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A constant tensor in the bundle's weight file: C order, little endian."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One graph, called once per entry of `each`, or `repeat` times; `inputs`: port → source, `outputs`: port → state."""
+
+    graph: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    each: tuple[Mapping[str, float | int | str], ...] = ()
+    repeat: int = 1
+
+    @property
+    def iterations(self) -> int:
+        """How often the graph is called."""
+        return len(self.each) or self.repeat
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to play a bundle.
+
+    `output` names the state that holds the answer after the last call. `dims` gives the sizes that symbolic dimensions
+    of the initial states have (a KV cache starts with ``past = 0``); ``batch`` comes from the caller.
+    """
+
+    inputs: tuple[Input, ...]
+    state: tuple[State, ...]
+    noise: tuple[Noise, ...]
+    calls: tuple[Call, ...]
+    output: str
+    dims: Mapping[str, int] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    version: int = PLAN_VERSION
+
+    def __post_init__(self) -> None:
+        """Check that every name used is declared.
+
+        Raises:
+            BundleError: naming the first thing that does not fit.
+        """
+        if self.version != PLAN_VERSION:
+            raise BundleError(f"sampling plan has version {self.version}; this qexport plays version {PLAN_VERSION}")
+        declared = {
+            "input": {i.name for i in self.inputs},
+            "state": {s.name for s in self.state},
+            "noise": {n.name for n in self.noise},
+            "row": set(self.tables),
+        }
+        for tensor in (*self.inputs, *self.state):
+            _require(tensor.dtype in DTYPES, f"{tensor.name!r} has dtype {tensor.dtype!r}; one of {', '.join(DTYPES)}")
+        for noise in self.noise:
+            _require(noise.distribution in DISTRIBUTIONS, f"noise {noise.name!r} is {noise.distribution!r}")
+            _require(bool(noise.shape) and noise.shape[0] == "batch", f"noise {noise.name!r} must start with 'batch'")
+        for state in self.state:
+            kind, _, name = state.init.partition(".")
+            good = state.init == "zeros" or (kind == "noise" and name in declared["noise"])
+            _require(good, f"state {state.name!r} starts from {state.init!r}, which is not declared")
+        _require(self.output in declared["state"], f"output {self.output!r} is not a state")
+        for call in self.calls:
+            _require(call.iterations >= 1, f"call of {call.graph!r} has no iteration")
+            constants = set(call.each[0]) if call.each else set()
+            for values in call.each:
+                _require(set(values) == constants, f"iterations of {call.graph!r} name different constants")
+                for value in values.values():
+                    if isinstance(value, str):
+                        kind, _, name = value.partition(":")
+                        _require(kind == "table" and name in self.tables, f"{value!r} is not a table of the plan")
+            for port, source in call.inputs.items():
+                kind, _, name = source.partition(".")
+                _require(kind in SOURCE_KINDS, f"port {port!r} of {call.graph!r} is fed from {source!r}")
+                known = constants if kind == "const" else declared[kind]
+                _require(name in known, f"port {port!r} of {call.graph!r} is fed from undeclared {source!r}")
+            for port, name in call.outputs.items():
+                _require(name in declared["state"], f"port {port!r} of {call.graph!r} goes to undeclared {name!r}")
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the graphs that are called, in order of first use."""
+        return tuple(dict.fromkeys(call.graph for call in self.calls))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `manifest.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Read what `to_json` wrote.
+
+        Raises:
+            BundleError: if a field is missing, unknown or of the wrong kind.
+        """
+        try:
+            fields = dict(data)
+            return cls(
+                inputs=tuple(Input(**_tuples(x)) for x in fields.pop("inputs")),
+                state=tuple(State(**_tuples(x)) for x in fields.pop("state")),
+                noise=tuple(Noise(**_tuples(x)) for x in fields.pop("noise")),
+                calls=tuple(Call(**{**x, "each": tuple(x.get("each", ()))}) for x in fields.pop("calls")),
+                tables={name: Table(**_tuples(x)) for name, x in fields.pop("tables").items()},
+                **fields,
+            )
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise BundleError(f"sampling plan is malformed: {error}") from error
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise BundleError(f"sampling plan: {message}")
