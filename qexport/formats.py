@@ -1,0 +1,81 @@
+"""Number formats: which codes a stored number may have, and what they cost.
+
+The integer conventions, stated once for all of qexport:
+
+- A weight is ``scale × code``. There is no zero point: trained weights are centred, and symmetric codes cost nothing.
+- Codes are two's complement. The *full* range of b bits is −2^(b−1) … 2^(b−1)−1; the *narrow* range leaves out the
+  most negative code, so that +w and −w are held equally well. Under the narrow range 2 bits are ternary: −1, 0, 1.
+- Rounding is half to even (IEEE 754's default, and what ONNX `QuantizeLinear` says). Saturation: codes are clamped.
+- Scales are stored in fp16 and are rounded to it *before* codes are chosen, so the codes fit the scales on disk.
+
+Bits are counted twice, and the two are never mixed: *information* bits are what the format needs in principle,
+*container* bits are what a weight takes up in the file. A 3-bit integer lies in an ONNX INT4: 3 and 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from qexport.errors import InputError
+from qexport.suggest import nearest
+
+SCALE_DTYPE = np.float16
+"""The dtype of stored scales. Half of fp32's cost: 0.5 instead of 1 bit a weight at groups of 32."""
+
+SCALE_BITS = 16
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """One number format.
+
+    `kind` is the family of the format (floating-point formats will bring ``"float"``), `bits` its nominal width,
+    `information_bits` what a weight carries, `container_bits` what it takes up once packed. `onnx_type` is the tensor
+    type of the container as `onnx.TensorProto` spells it, or None for a format that can be studied but not exported;
+    `min_opset` is the first ONNX opset whose blocked `DequantizeLinear` takes that type.
+    """
+
+    name: str
+    kind: Literal["int"]
+    bits: int
+    information_bits: float
+    container_bits: int
+    onnx_type: str | None
+    min_opset: int
+
+    @property
+    def code_min(self) -> int:
+        """Least code of the full range."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def code_max(self) -> int:
+        """Greatest code; the narrow range is −code_max … code_max."""
+        return (1 << (self.bits - 1)) - 1
+
+
+_ALL = (
+    # 21 is the first opset with blocked scales, 25 the first with INT2.
+    NumberFormat("int8", "int", 8, information_bits=8.0, container_bits=8, onnx_type="INT8", min_opset=21),
+    NumberFormat("int4", "int", 4, information_bits=4.0, container_bits=4, onnx_type="INT4", min_opset=21),
+    # No runtime reads 3-bit integers, so they are exported in the next wider type.
+    NumberFormat("int3", "int", 3, information_bits=3.0, container_bits=4, onnx_type="INT4", min_opset=21),
+    NumberFormat("int2", "int", 2, information_bits=2.0, container_bits=2, onnx_type="INT2", min_opset=25),
+)
+
+FORMATS: dict[str, NumberFormat] = {number_format.name: number_format for number_format in _ALL}
+"""Every format that qexport can quantise to, by name; a new format is one line above."""
+
+
+def get_format(name: str) -> NumberFormat:
+    """The format called `name`.
+
+    Raises:
+        InputError: no such format; the message suggests the nearest names and lists all.
+    """
+    if name not in FORMATS:
+        raise InputError(f"unknown number format {name!r}{nearest(name, FORMATS)}; known are {', '.join(FORMATS)}")
+    return FORMATS[name]

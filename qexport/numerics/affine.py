@@ -1,0 +1,95 @@
+"""Symmetric affine quantisation: scales from magnitudes, codes from scales.
+
+Conventions (range, rounding, precision of scales) are those of `qexport.formats`. Everything is computed in float32,
+the dtype of the weights; only the stored scale is float16. One temporary of the weight's size is made beside the codes.
+
+Shape suffixes: O outputs, I inputs, R rows of scales (O or 1), G groups along the input; see `qexport.scheme`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from qexport.errors import InputError
+from qexport.formats import SCALE_DTYPE
+from qexport.scheme import TensorSpec
+
+ZERO_GROUP_SCALE = 1.0
+"""Scale of a group of zeros. Any positive number dequantises its zero codes to zeros; 0 would divide by zero."""
+
+_SCALE_MAX = float(np.finfo(SCALE_DTYPE).max)  # 65504
+_SMALLEST_NORMAL = float(np.finfo(SCALE_DTYPE).smallest_normal)  # 2⁻¹⁴; below, fp16 numbers lie 2⁻²⁴ apart
+_SMALLEST_SUBNORMAL = float(np.finfo(SCALE_DTYPE).smallest_subnormal)  # 2⁻²⁴
+
+
+def absmax_scales(w_OI: npt.NDArray[np.float32], spec: TensorSpec, *, name: str = "weight") -> npt.NDArray[np.float16]:
+    """Scales (R, G) float16 with ``s = max|w| / (2^(b−1) − 1)``: the greatest magnitude of a group gets the last code.
+
+    The quotient is rounded to fp16 to nearest. That can make it smaller by 2⁻¹¹ of itself, which moves the greatest
+    magnitude by 127 · 2⁻¹¹ < 0.07 of a step: it still rounds to the last code. Below fp16's normal numbers the relative
+    error is not bounded so, and the quotient is rounded *up* to the next multiple of 2⁻²⁴ instead: codes stay in range
+    and no scale becomes 0. A group of zeros gets `ZERO_GROUP_SCALE`.
+
+    Raises:
+        InputError: not a float32 matrix, a NaN or an infinity in it, a group size that does not divide I, or a scale
+            above 65504, which fp16 cannot hold. `name` says in messages which weight it was.
+    """
+    blocks = _blocks(w_OI, spec, name)
+    absmax_RG = np.maximum(blocks.max(axis=-1), -blocks.min(axis=-1))
+    if not np.isfinite(absmax_RG).all():
+        _raise_not_finite(w_OI, name)
+    scale_RG = absmax_RG / np.float32(spec.format.code_max)
+    with np.errstate(over="ignore"):  # the branch not taken, or an infinity that the next lines report
+        ceiled = np.maximum(np.ceil(scale_RG / _SMALLEST_SUBNORMAL), 1) * _SMALLEST_SUBNORMAL
+        rounded_up = np.where(scale_RG < _SMALLEST_NORMAL, ceiled, scale_RG)
+        stored_RG = np.where(absmax_RG == 0, ZERO_GROUP_SCALE, rounded_up).astype(SCALE_DTYPE)
+    if np.isinf(stored_RG).any():
+        raise InputError(
+            f"{name}: magnitude {absmax_RG.max():.6g} needs a scale of {scale_RG.max():.6g} as {spec.format.name}, "
+            f"above {_SCALE_MAX:.0f}, the greatest fp16 number; keep this layer in floating point"
+        )
+    return stored_RG
+
+
+def quantize_symmetric(
+    w_OI: npt.NDArray[np.float32], scale_RG: npt.NDArray[np.float16], spec: TensorSpec, *, name: str = "weight"
+) -> npt.NDArray[np.int8]:
+    """Codes (O, I) int8 in the narrow range: ``clamp(round_half_even(w / s), −(2^(b−1)−1), 2^(b−1)−1)``.
+
+    The quotient is a float32, so ties are those of the rounded quotient, as in ONNX `QuantizeLinear`.
+
+    Raises:
+        InputError: not a float32 matrix, a NaN or an infinity in it, or scales that are not positive finite float16 of
+            the shape that the granularity asks for.
+    """
+    blocks = _blocks(w_OI, spec, name)
+    if scale_RG.dtype != SCALE_DTYPE or scale_RG.shape != blocks.shape[:2]:
+        raise InputError(
+            f"{name}: scales are {scale_RG.dtype} {scale_RG.shape}; {spec} needs float16 {blocks.shape[:2]}"
+        )
+    if not (np.isfinite(scale_RG).all() and (scale_RG > 0).all()):
+        raise InputError(f"{name}: scales must be positive finite numbers")
+    if not (np.isfinite(w_OI.min()) and np.isfinite(w_OI.max())):  # min and max hand on a NaN, and need no temporary
+        _raise_not_finite(w_OI, name)
+    with np.errstate(over="ignore"):  # a quotient beyond float32 is clamped like any other that is too great
+        quotient = blocks / scale_RG.astype(np.float32)[..., None]
+    np.rint(quotient, out=quotient)
+    np.clip(quotient, -spec.format.code_max, spec.format.code_max, out=quotient)
+    return quotient.astype(np.int8).reshape(w_OI.shape)
+
+
+def _blocks(w_OI: npt.NDArray[np.float32], spec: TensorSpec, name: str) -> npt.NDArray[np.float32]:
+    """The weight as (R, G, weights that share a scale); a view wherever the memory layout allows one."""
+    if w_OI.dtype != np.float32 or w_OI.ndim != 2 or not w_OI.size:
+        raise InputError(f"{name}: is {w_OI.dtype} {w_OI.shape}; it must be a float32 matrix (outputs, inputs)")
+    try:
+        return w_OI.reshape(*spec.granularity.scale_shape(*w_OI.shape), -1)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _raise_not_finite(w_OI: npt.NDArray[np.float32], name: str) -> None:
+    row, column = np.argwhere(~np.isfinite(w_OI))[0]
+    value = "NaN" if np.isnan(w_OI[row, column]) else "infinity"
+    raise InputError(f"{name}: {value} at row {row}, column {column}; the checkpoint is damaged or training diverged")

@@ -1,0 +1,249 @@
+"""Recipes: which layer is quantised to what and by which algorithm, in a file that can be read, edited and replayed.
+
+A recipe is an ordered list of rules. The first rule whose pattern matches a layer's name decides about it; a layer that
+no rule matches keeps its floating point. Patterns are shell globs on the whole name, in which ``*`` also crosses dots:
+``blocks.*.ffn.*`` is every feed-forward matrix of every block.
+
+A rule that decides nothing is an error, not a no-op: it is a misspelt name, or it stands below a wider rule.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qexport.errors import InputError, UnsupportedError
+from qexport.formats import get_format
+from qexport.scheme import Granularity, PerChannel, PerGroup, PerTensor, Scheme, TensorSpec
+from qexport.suggest import nearest
+
+RECIPE_VERSION = 1
+DEFAULT_ALGORITHM = "rtn"
+
+_HEADER = """\
+# How each layer was quantised. The first rule whose pattern matches a layer's name decides about it;
+# a layer that no rule matches keeps its floating point. In patterns * stands for any characters, dots too.
+"""
+_RECIPE_KEYS = ("version", "name", "rules")
+_QUANTISE_KEYS = ("layers", "format", "granularity", "group_size", "algorithm")
+_KEEP_KEYS = ("layers", "keep")
+_T = TypeVar("_T", str, int)
+_GRANULARITIES = ("tensor", "channel", "group")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to the layers that match the glob `layers`.
+
+    `weight` None keeps them in floating point. `algorithm` is a name in `qexport.algorithms.ALGORITHMS`; whether it
+    exists is checked where it is looked up, since algorithms lie above recipes.
+
+    Raises:
+        InputError: a pattern or an algorithm that is empty or not printable, or an algorithm without work to do.
+    """
+
+    layers: str
+    weight: TensorSpec | None
+    algorithm: str = DEFAULT_ALGORITHM
+
+    def __post_init__(self) -> None:
+        _require_printable("layers", self.layers)
+        _require_printable("algorithm", self.algorithm)
+        if self.weight is None and self.algorithm != DEFAULT_ALGORITHM:
+            raise InputError(f"algorithm {self.algorithm!r} has nothing to do in a rule that keeps floating point")
+
+    def matches(self, layer: str) -> bool:
+        """Whether this rule's pattern covers the layer of that name."""
+        return fnmatchcase(layer, self.layers)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered list of rules under a name.
+
+    Raises:
+        InputError: the name is empty or not printable, or the version is not one that this qexport knows.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    version: int = RECIPE_VERSION
+
+    def __post_init__(self) -> None:
+        _require_printable("name", self.name)
+        if type(self.version) is not int or self.version != RECIPE_VERSION:
+            raise InputError(f"version is {self.version!r}; this qexport reads version {RECIPE_VERSION}")
+
+    def assign(self, layers: Iterable[str], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Rule]:
+        """The rule of every layer that is to be quantised, in the order of `layers`; others keep floating point.
+
+        `shapes` gives (outputs, inputs) of each layer's matrix.
+
+        Raises:
+            InputError: a rule that decides about no layer, or a group size that does not divide a layer's input width.
+        """
+        names = list(layers)
+        decisions: dict[str, int] = {}
+        for layer in names:
+            for number, rule in enumerate(self.rules):
+                if rule.matches(layer):
+                    decisions[layer] = number
+                    break
+        used = set(decisions.values())
+        for number, rule in enumerate(self.rules):
+            if number in used:
+                continue
+            where = f"recipe {self.name!r}, rule {number + 1}: {rule.layers!r}"
+            if any(rule.matches(layer) for layer in names):
+                raise InputError(f"{where} never decides: earlier rules match all of its layers; move it up")
+            raise InputError(f"{where} matches none of the {len(names)} layers{nearest(rule.layers, names)}")
+        assigned: dict[str, Rule] = {}
+        for layer, number in decisions.items():
+            rule = self.rules[number]
+            if rule.weight is None:
+                continue
+            try:
+                rule.weight.granularity.scale_shape(*shapes[layer])
+            except InputError as error:
+                raise InputError(f"recipe {self.name!r}, rule {number + 1}, layer {layer!r}: {error}") from error
+            assigned[layer] = rule
+        return assigned
+
+    def to_toml(self) -> str:
+        """The recipe as TOML text, to be written in UTF-8; `from_toml` reads it back to an equal recipe."""
+        lines = [_HEADER, f"version = {self.version}", f"name = {_quote(self.name)}"]
+        for rule in self.rules:
+            lines += ["", "[[rules]]", f"layers = {_quote(rule.layers)}"]
+            if rule.weight is None:
+                lines.append("keep = true  # floating point")
+                continue
+            lines.append(f"format = {_quote(rule.weight.format.name)}")
+            match rule.weight.granularity:
+                case PerTensor():
+                    lines.append('granularity = "tensor"  # one scale for the whole matrix')
+                case PerChannel():
+                    lines.append('granularity = "channel"  # one scale per output')
+                case PerGroup(size):
+                    lines.append('granularity = "group"  # one scale per group_size weights along the input')
+                    lines.append(f"group_size = {size}")
+            lines.append(f"algorithm = {_quote(rule.algorithm)}")
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file.
+
+        Raises:
+            InputError: unreadable, not TOML, another version, an unknown key or a bad value; the message names the
+                file, the rule by number, and the key.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"recipe {path}: cannot be read: {error}") from error
+        try:
+            return _parse(text)
+        except (InputError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"recipe {path}: {error}") from error
+
+
+def recipe_for(scheme: Scheme, default_layers: Iterable[str], name: str) -> Recipe:
+    """The recipe of a preset: every pattern of `default_layers` quantised alike, with round-to-nearest.
+
+    Raises:
+        UnsupportedError: the scheme quantises activations.
+    """
+    if scheme.activation is not None:
+        raise UnsupportedError(f"scheme {scheme.name}: activation quantisation is not available yet; use --abits 16")
+    if scheme.weight is None:
+        return Recipe(name, ())
+    return Recipe(name, tuple(Rule(layers, scheme.weight) for layers in default_layers))
+
+
+def _parse(text: str) -> Recipe:
+    data = tomllib.loads(text)
+    _check_keys(data, _RECIPE_KEYS)
+    if "version" not in data:
+        raise InputError(f"key 'version' is missing; write version = {RECIPE_VERSION}")
+    tables = data.get("rules", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise InputError("key 'rules' must be tables; start each with [[rules]]")
+    rules: list[Rule] = []
+    # The version first: in another version, the rules may rightly look otherwise.
+    Recipe(_typed(data, "name", str), (), data["version"])
+    for number, table in enumerate(tables, start=1):
+        try:
+            rules.append(_parse_rule(table))
+        except InputError as error:
+            raise InputError(f"rule {number}: {error}") from error
+    return Recipe(data["name"], tuple(rules), data["version"])
+
+
+def _parse_rule(table: dict[str, Any]) -> Rule:
+    if "keep" in table:
+        _check_keys(table, _KEEP_KEYS, "a rule that keeps floating point")
+        if table["keep"] is not True:
+            raise InputError(f"key 'keep' is {table['keep']!r}; it can only be true, otherwise leave it out")
+        return Rule(_typed(table, "layers", str), None)
+    _check_keys(table, _QUANTISE_KEYS)
+    layers = _typed(table, "layers", str)
+    format_name = _typed(table, "format", str)
+    try:
+        number_format = get_format(format_name)
+    except InputError as error:
+        raise InputError(f"key 'format': {error}") from error
+    algorithm = _typed(table, "algorithm", str) if "algorithm" in table else DEFAULT_ALGORITHM
+    return Rule(layers, TensorSpec(number_format, _parse_granularity(table)), algorithm)
+
+
+def _parse_granularity(table: dict[str, Any]) -> Granularity:
+    kind = _typed(table, "granularity", str)
+    if kind in ("tensor", "channel") and "group_size" in table:
+        raise InputError(f"key 'group_size' has no meaning with granularity {kind!r}")
+    match kind:
+        case "tensor":
+            return PerTensor()
+        case "channel":
+            return PerChannel()
+        case "group":
+            size = _typed(table, "group_size", int)
+            try:
+                return PerGroup(size)
+            except InputError as error:
+                raise InputError(f"key 'group_size': {error}") from error
+    raise InputError(
+        f"key 'granularity' is {kind!r}{nearest(kind, _GRANULARITIES)}; one of {', '.join(_GRANULARITIES)}"
+    )
+
+
+def _check_keys(table: Mapping[str, Any], known: tuple[str, ...], what: str = "") -> None:
+    for key in table:
+        if key not in known:
+            place = f" in {what}" if what else ""
+            raise InputError(f"unknown key {key!r}{place}{nearest(key, known)}; known are {', '.join(known)}")
+
+
+def _typed(table: Mapping[str, Any], key: str, kind: type[_T]) -> _T:
+    if key not in table:
+        raise InputError(f"key {key!r} is missing")
+    value = table[key]
+    if type(value) is not kind:  # not isinstance: TOML's true is no integer
+        wanted = "a text" if kind is str else "an integer"
+        raise InputError(f"key {key!r} is {value!r}, which is not {wanted}")
+    return value
+
+
+def _require_printable(key: str, text: str) -> None:
+    # Whatever is printable survives TOML's quoting unchanged, and cannot forge lines in a message or a log.
+    if not text or not text.isprintable():
+        raise InputError(f"key {key!r} is {text!r}; it must be a non-empty line of printable text")
+
+
+def _quote(text: str) -> str:
+    # JSON's escapes are a subset of those of TOML's basic strings once non-ASCII characters are left as they are.
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,141 @@
+"""What is quantised to what: granularity, one tensor's specification, and a whole scheme.
+
+Shape suffixes: w_OI is a weight (O outputs, I inputs), scale_RG its scales (R rows, G groups along the input). R is O
+or 1, and G divides I, so that ``w_OI.reshape(R, G, -1)`` puts on its last axis the weights that share a scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qexport.errors import InputError, UnsupportedError
+from qexport.formats import NumberFormat, get_format
+
+DEFAULT_GROUP_SIZE = 32
+
+_HELPFUL_GROUP_SIZES = range(8, 257)  # what a message suggests: smaller groups cost ≥ 2 bits a weight in scales
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole weight."""
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape (1, 1) of the scales of a weight (rows, columns)."""
+        return 1, 1
+
+    def __str__(self) -> str:
+        return "per tensor"
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale per output row."""
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape (rows, 1) of the scales of a weight (rows, columns)."""
+        return rows, 1
+
+    def __str__(self) -> str:
+        return "per channel"
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale per `size` neighbouring weights along the input, in every row.
+
+    Raises:
+        InputError: `size` is not an integer of at least 2.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 2:
+            raise InputError(f"group size {self.size!r} is not an integer of at least 2")
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape (rows, columns / size) of the scales of a weight (rows, columns).
+
+        Raises:
+            InputError: the group size does not divide the input width; the message lists sizes that do.
+        """
+        if columns % self.size:
+            divisors = [size for size in range(2, columns + 1) if columns % size == 0]
+            working = [size for size in divisors if size in _HELPFUL_GROUP_SIZES] or divisors
+            sizes = ", ".join(map(str, working)) or "no size"
+            raise InputError(f"groups of {self.size} do not divide an input width of {columns}; {sizes} would")
+        return rows, columns // self.size
+
+    def __str__(self) -> str:
+        return f"per group of {self.size}"
+
+
+Granularity = PerTensor | PerChannel | PerGroup
+"""How many weights share a scale."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How one tensor is quantised: into which format, and how many numbers share a scale."""
+
+    format: NumberFormat
+    granularity: Granularity
+
+    def __str__(self) -> str:
+        return f"{self.format.name} {self.granularity}"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a model's matrices and what flows into them are quantised; None keeps 16 bits or more, floating point."""
+
+    weight: TensorSpec | None
+    activation: TensorSpec | None
+
+    @property
+    def name(self) -> str:
+        """Short name, part of a bundle's directory: ``w4a16``, or ``w4a16-g128`` if the groups are not the usual."""
+        weight_bits = self.weight.format.bits if self.weight else 16
+        activation_bits = self.activation.format.bits if self.activation else 16
+        name = f"w{weight_bits}a{activation_bits}"
+        if self.weight is None or self.weight.granularity == _default_granularity(weight_bits):
+            return name
+        match self.weight.granularity:
+            case PerTensor():
+                return f"{name}-tensor"
+            case PerChannel():
+                return f"{name}-channel"
+            case PerGroup(size):
+                return f"{name}-g{size}"
+
+
+_WEIGHT_FORMATS = {8: "int8", 4: "int4", 3: "int3", 2: "int2"}
+
+
+def _default_granularity(wbits: int) -> Granularity:
+    # 8 bits leave an error of 1/254 of a row's maximum, below what any metric of ours resolves, so groups would only
+    # cost; with fewer bits one outlier spoils its row, and groups confine it.
+    return PerChannel() if wbits == 8 else PerGroup(DEFAULT_GROUP_SIZE)
+
+
+def preset(wbits: int = 4, abits: int = 16, group_size: int | None = None) -> Scheme:
+    """The scheme for a pair of widths: w16a16, w8a16 (per channel), and w4a16, w3a16, w2a16 (groups of 32).
+
+    `group_size` asks for other groups along the input, at 8 bits too; None is the usual granularity of that width.
+
+    Raises:
+        InputError: a width that no format has, or a group size without anything to group.
+        UnsupportedError: `abits` is not 16.
+    """
+    if abits != 16:
+        raise UnsupportedError(f"--abits {abits}: activation quantisation is not available yet; use 16")
+    if wbits == 16:
+        if group_size is not None:
+            raise InputError(f"--group-size {group_size} has no meaning with --wbits 16, which keeps floating point")
+        return Scheme(weight=None, activation=None)
+    if wbits not in _WEIGHT_FORMATS:
+        widths = ", ".join(map(str, sorted({16, *_WEIGHT_FORMATS})))
+        raise InputError(f"--wbits {wbits} is not available; choose one of {widths}")
+    granularity = _default_granularity(wbits) if group_size is None else PerGroup(group_size)
+    return Scheme(weight=TensorSpec(get_format(_WEIGHT_FORMATS[wbits]), granularity), activation=None)
