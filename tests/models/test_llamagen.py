@@ -1,0 +1,259 @@
+"""LlamaGen's transformer against the original's outputs, its published layouts, and its own ONNX graph."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from qexport_models.llamagen.config import GPT_CONFIGS, GPTConfig
+from qexport_models.llamagen.model import GPT
+from qexport_models.llamagen.rope import rope_table
+from qexport_models.llamagen.token_step import TokenStep
+from qexport_models.sampling import filter_logits
+from safetensors.torch import load_file
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+CONFIG = GPTConfig(depth=2, heads=4, width=64, length=16, vocab_size=64, num_classes=10)
+LIMIT = 2e-5  # DESIGN.md, idea 4: fp32 compute, teacher-forced
+PORTS = ["label", "token", "sequence", "uniform", "position", "cfg", "cfg_interval", "top_k", "top_p", "temperature"]
+MODES = {"greedy": (4.0, -1, 1, 0.0), "sampled": (2.0, -1, 20, 0.9)}
+"""cfg, cfg_interval, top_k, top_p of the fixture's two loops; its greedy is an argmax, ours is top_k = 1."""
+
+Step = Callable[..., tuple[torch.Tensor, ...]]
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, torch.Tensor]:
+    return load_file(FIXTURES / "llamagen-tiny-shared.safetensors")
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, Any]:
+    return json.loads(gzip.decompress((FIXTURES / "keys" / "llamagen.json.gz").read_bytes()))
+
+
+def build(data: dict[str, torch.Tensor]) -> GPT:
+    gpt = GPT(CONFIG).eval().requires_grad_(False)
+    gpt.load_state_dict({key[3:]: value for key, value in data.items() if key.startswith("sd.")}, strict=True)
+    return gpt
+
+
+@pytest.fixture(scope="module")
+def gpt(data: dict[str, torch.Tensor]) -> GPT:
+    return build(data)
+
+
+def relative_l2(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def start(batch: int, fill: float = 0.0) -> list[torch.Tensor]:
+    """Token, sequence, and the caches of every layer."""
+    caches = [torch.full((2, batch, CONFIG.heads, CONFIG.length, CONFIG.head_width), fill) for _ in range(2 * 2)]
+    return [torch.zeros(batch, 1, dtype=torch.int64), torch.zeros(batch, CONFIG.length, dtype=torch.int64), *caches]
+
+
+def play(
+    step: Step, labels: torch.Tensor, uniform: torch.Tensor, setting: tuple[float, int, int, float], **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the loop: (tokens, logits); `forced` tokens replace the drawn ones as the next step's input."""
+    forced = kwargs.get("forced")
+    token, sequence, *caches = start(len(labels), kwargs.get("fill", 0.0))
+    cfg, cfg_interval, top_k, top_p = setting
+    scalars = [torch.tensor(x) for x in (cfg, cfg_interval, top_k, top_p, 1.0)]
+    logits = []
+    for i in range(CONFIG.length):
+        given = (labels, token, sequence, uniform[:, i : i + 1], torch.tensor(i))
+        token, row, sequence, *caches = step(*given, *scalars, *caches)
+        assert torch.equal(sequence[:, i : i + 1], token)
+        logits.append(row)
+        if forced is not None:
+            token = forced[:, i : i + 1]
+    return sequence, torch.cat(logits, dim=1)
+
+
+def test_rope_table_is_the_originals(data: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(rope_table(4, 16, 10000.0), data["out.freqs_cis"], rtol=0, atol=1e-7)
+
+
+def test_teacher_forced_logits(gpt: GPT, data: dict[str, torch.Tensor]) -> None:
+    labels, tokens = data["in.cond_idx"], data["in.idx"]
+    null = torch.full_like(labels, CONFIG.num_classes)
+    assert relative_l2(gpt(labels, tokens), data["out.tf_logits"]) <= LIMIT
+    assert relative_l2(gpt(null, tokens), data["out.tf_logits_null"]) <= LIMIT
+    assert relative_l2(gpt(labels, tokens[:, :8]), data["out.tf_prefix_logits"]) <= LIMIT
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fill", [0.0, 1e3])
+def test_every_cached_step(gpt: GPT, data: dict[str, torch.Tensor], mode: str, fill: float) -> None:
+    """Fed the original's tokens, every step gives its guided logits, whatever lies in unwritten cache rows."""
+    uniform = torch.zeros(2, CONFIG.length)
+    forced = data[f"{mode}.tokens"].long()
+    _, logits = play(TokenStep(gpt), data["in.cond_idx"], uniform, MODES[mode], forced=forced, fill=fill)
+    for i in range(CONFIG.length):
+        assert relative_l2(logits[:, i], data[f"{mode}.cfg_logits"][:, i]) <= LIMIT, i
+
+
+def test_greedy_tokens_are_the_originals(gpt: GPT, data: dict[str, torch.Tensor]) -> None:
+    tokens, _ = play(TokenStep(gpt), data["in.cond_idx"], torch.full((2, CONFIG.length), 0.7), MODES["greedy"])
+    assert torch.equal(tokens, data["greedy.tokens"].long())
+
+
+def test_filtered_masks_are_the_originals(gpt: GPT, data: dict[str, torch.Tensor]) -> None:
+    """From our own logits; the nearest boundary here is 1e-2 (top-k, logits) and 9e-4 (top-p, mass) away."""
+    forced = data["sampled.tokens"].long()
+    setting = MODES["sampled"]
+    _, logits = play(TokenStep(gpt), data["in.cond_idx"], torch.zeros(2, CONFIG.length), setting, forced=forced)
+    ours = filter_logits(logits, torch.tensor(setting[2]), torch.tensor(setting[3]), torch.tensor(1.0))
+    assert torch.equal(ours.isinf(), data["sampled.filtered_logits"].isinf())
+    assert relative_l2(ours[ours.isfinite()], data["sampled.filtered_logits"][ours.isfinite()]) <= LIMIT
+    assert ours.gather(-1, forced.unsqueeze(-1)).isfinite().all()
+
+
+def test_steps_agree_with_teacher_forcing(gpt: GPT) -> None:
+    """Without guidance the loop's logits are the plain model's on the tokens that it drew."""
+    labels = torch.tensor([1, 4, 9])
+    uniform = torch.rand(3, CONFIG.length, generator=torch.Generator().manual_seed(2))
+    tokens, logits = play(TokenStep(gpt), labels, uniform, (1.0, -1, 0, 0.0))
+    assert relative_l2(logits, gpt(labels, tokens)[:, : CONFIG.length]) <= LIMIT
+
+
+@pytest.mark.parametrize("interval", [-1, 0, 5])
+def test_guidance_stops_after_the_interval(gpt: GPT, interval: int) -> None:
+    """The first token is position 0 and always guided; the i-th after it is guided while i ≤ interval."""
+    labels, null = torch.tensor([1, 4]), torch.full((2,), CONFIG.num_classes)
+    uniform = torch.full((2, CONFIG.length), 0.5)
+    tokens, logits = play(TokenStep(gpt), labels, uniform, (3.0, interval, 0, 0.0))
+    conditional, unconditional = gpt(labels, tokens)[:, :-1], gpt(null, tokens)[:, :-1]
+    guided = unconditional + 3 * (conditional - unconditional)
+    for position in range(CONFIG.length):
+        on = position == 0 or interval < 0 or position - 1 <= interval
+        expected = guided if on else conditional
+        assert relative_l2(logits[:, position], expected[:, position]) <= LIMIT, position
+
+
+def _skip_layer(gpt: GPT) -> None:
+    gpt.layers = gpt.layers[:1]
+
+
+def _swap_axes(gpt: GPT) -> None:
+    turned = gpt.rope_rows[1:].unflatten(0, (4, 4)).transpose(0, 1).flatten(0, 1)
+    gpt.rope_rows = torch.cat([gpt.rope_rows[:1], turned])
+
+
+def _angle_zero_for_the_class(gpt: GPT) -> None:
+    gpt.rope_rows[0, :, 0] = 1.0
+
+
+def _swap_gates(gpt: GPT) -> None:
+    for layer in gpt.layers:
+        forward: Any = layer.feed_forward
+        forward.w1, forward.w3 = forward.w3, forward.w1
+
+
+def _double_one_scale(gpt: GPT) -> None:
+    gpt.get_parameter("layers.1.feed_forward.w2.weight")[3] *= 2
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [_skip_layer, _swap_axes, _angle_zero_for_the_class, _swap_gates, _double_one_scale],
+    ids=lambda f: f.__name__,
+)
+def test_mutations_fail(data: dict[str, torch.Tensor], mutate: Callable[[GPT], None]) -> None:
+    gpt = build(data)
+    mutate(gpt)
+    assert relative_l2(gpt(data["in.cond_idx"], data["in.idx"]), data["out.tf_logits"]) > LIMIT
+    forced = data["greedy.tokens"].long()
+    uniform = torch.zeros(2, CONFIG.length)
+    _, logits = play(TokenStep(gpt), data["in.cond_idx"], uniform, MODES["greedy"], forced=forced)
+    assert relative_l2(logits, data["greedy.cfg_logits"]) > LIMIT
+
+
+@pytest.mark.parametrize("cfg", [3.9, 1.0])
+def test_wrong_guidance_fails(gpt: GPT, data: dict[str, torch.Tensor], cfg: float) -> None:
+    forced = data["greedy.tokens"].long()
+    uniform = torch.zeros(2, CONFIG.length)
+    _, logits = play(TokenStep(gpt), data["in.cond_idx"], uniform, (cfg, -1, 1, 0.0), forced=forced)
+    assert relative_l2(logits, data["greedy.cfg_logits"]) > LIMIT
+
+
+@pytest.mark.parametrize("name", GPT_CONFIGS)
+def test_published_layouts_load_strictly(published: dict[str, Any], name: str) -> None:
+    size = name.split("-")[1].upper()
+    expected = published[f"c2i_GPT-{size}"]
+    with torch.device("meta"):
+        gpt = GPT(GPT_CONFIGS[name])
+        gpt.load_state_dict({key: torch.empty(shape) for key, shape in expected["shapes"].items()}, strict=True)
+    assert sum(parameter.numel() for parameter in gpt.parameters()) == expected["parameters"]
+    assert gpt.config.ffn_width == expected["config"]["ffn_hidden"]
+    assert gpt.rope_rows.device.type == "cpu"
+
+
+def test_another_layout_is_refused(published: dict[str, Any]) -> None:
+    shapes = dict(published["c2i_GPT-B"]["shapes"])
+    shapes.pop("layers.3.ffn_norm.weight")
+    with torch.device("meta"), pytest.raises(RuntimeError, match=r"layers\.3\.ffn_norm\.weight"):
+        GPT(GPT_CONFIGS["llamagen-b-256"]).load_state_dict({k: torch.empty(s) for k, s in shapes.items()}, strict=True)
+
+
+@pytest.mark.parametrize("wrong", [{"length": 15}, {"width": 66}, {"heads": 32}])
+def test_impossible_sizes_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"square|RoPE"):
+        GPTConfig(**{"depth": 2, "heads": 4, "width": 64, "length": 16} | wrong)
+
+
+@pytest.fixture(scope="module")
+def onnx_step(gpt: GPT, tmp_path_factory: pytest.TempPathFactory) -> Step:
+    token, sequence, *caches = start(2)
+    scalars = [torch.tensor(x) for x in (1, 4.0, -1, 20, 0.9, 1.0)]
+    batch = torch.export.Dim("batch")
+    first, second = {0: batch}, {1: batch}
+    program = torch.onnx.export(
+        TokenStep(gpt).eval(),
+        (torch.tensor([1, 2]), token, sequence, torch.rand(2, 1), *scalars, *caches),
+        input_names=PORTS + [f"cache_{i}" for i in range(len(caches))],
+        output_names=["token_out", "logits", "sequence_out", *(f"cache_{i}_out" for i in range(len(caches)))],
+        dynamic_shapes=(first, first, first, first, *[None] * 6, tuple(second for _ in caches)),
+        opset_version=23,
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+    )
+    assert program is not None
+    names = {value.name for value in program.model.graph.initializers.values()}
+    assert {name for name, _ in gpt.named_parameters()} <= names
+    path = tmp_path_factory.mktemp("llamagen") / "token.onnx"
+    program.save(str(path))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    ports = [port.name for port in session.get_inputs()]
+
+    def run(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        feed = {name: arg.numpy() for name, arg in zip(ports, args, strict=True)}
+        return tuple(torch.from_numpy(x) for x in session.run(None, feed))
+
+    return run
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_onnx_draws_the_same_image(gpt: GPT, onnx_step: Step, batch: int) -> None:
+    labels = torch.arange(batch)
+    uniform = torch.rand(batch, CONFIG.length, generator=torch.Generator().manual_seed(3))
+    setting = (2.0, 6, 20, 0.9)
+    expected_tokens, expected_logits = play(TokenStep(gpt), labels, uniform, setting)
+    tokens, logits = play(onnx_step, labels, uniform, setting)
+    assert torch.equal(tokens, expected_tokens)
+    assert relative_l2(logits, expected_logits) <= LIMIT
+
+
+def test_onnx_gives_the_originals_greedy_tokens(onnx_step: Step, data: dict[str, torch.Tensor]) -> None:
+    tokens, logits = play(onnx_step, data["in.cond_idx"], torch.zeros(2, CONFIG.length), MODES["greedy"])
+    assert torch.equal(tokens, data["greedy.tokens"].long())
+    assert relative_l2(logits, data["greedy.cfg_logits"]) <= LIMIT
