@@ -34,7 +34,7 @@ test: $(STAMP)  ## Run the tests.
 lint: $(STAMP)  ## Check style, types and the order of the floors.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 	@$(BIN)/lint-imports
 
 format: $(STAMP)  ## Rewrite the files in the house's style.
