@@ -28,7 +28,19 @@ DISTRIBUTIONS = ("uniform", "normal")
 SOURCE_KINDS = ("input", "state", "const", "row", "noise")
 
 Dim = int | str
-"""One size of a shape: a number, or the name of a dimension that is known only when the plan is played."""
+"""One size of a shape: a number, the name of a dimension known only when the plan is played, or ``"N*name"``."""
+
+
+def dim_size(dim: Dim, sizes: Mapping[str, int]) -> int:
+    """The size of `dim` where each name has the size that `sizes` gives.
+
+    Raises:
+        KeyError: a name that `sizes` lacks.
+    """
+    if isinstance(dim, int):
+        return dim
+    factor, star, name = dim.partition("*")
+    return int(factor) * sizes[name] if star else sizes[dim]
 
 
 @dataclass(frozen=True)
@@ -62,8 +74,10 @@ class State:
 class Noise:
     """Fresh random numbers: ``uniform`` on [0, 1) or standard ``normal``, float32, first dimension ``"batch"``.
 
-    Image n of seed s draws from ``Generator(Philox(key=[s, n]))`` of NumPy, in the order in which the plan asks, so an
-    image does not depend on the batch that it is drawn in. Dimensions may name an integer constant of the iteration.
+    Image n of seed s draws from ``Generator(Philox(key=[s, n]))`` of NumPy, so an image does not depend on the batch
+    that it is drawn in. The initial states draw first, in the order of `Plan.state`; then each call as it comes, its
+    noise ports in the order of `Plan.noise` and then by name of the port (a JSON object has no order of its own).
+    Dimensions may name an integer constant of the iteration.
     """
 
     name: str
@@ -83,7 +97,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Call:
-    """One graph, called once per entry of `each`, or `repeat` times; `inputs`: port → source, `outputs`: port → state."""
+    """One graph, called once per entry of `each`, or `repeat` times.
+
+    `inputs` maps a port to its source, `outputs` a port to a state.
+    """
 
     graph: str
     inputs: Mapping[str, str]
