@@ -1,0 +1,150 @@
+"""`load` a bundle and `generate` images from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from onnxruntime import OrtValue
+
+from qexport.bundle import Bundle, Manifest
+from qexport.errors import InputError
+from qexport.runtime.inputs import check_inputs, is_per_image, label_input, to_arrays
+from qexport.runtime.ort_backend import OrtBackend
+from qexport.runtime.player import CallRecord, Player
+from qexport.runtime.session import choose_provider, make_session
+from qexport.targets import QuantTraits, session_config
+
+Progress = Callable[[int, int], None]
+"""Called with (calls of a graph done, calls in all)."""
+
+
+class Runtime:
+    """A bundle with its sessions. Make one with `load`; it may be shared by threads."""
+
+    def __init__(self, bundle: Bundle, player: Player[OrtValue], provider: str) -> None:
+        """Use `load`."""
+        self.bundle = bundle
+        self.player = player
+        self.provider = provider
+
+    def generate(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        *,
+        seed: int = 0,
+        first_index: int = 0,
+        batch: int = 16,
+        progress: Progress | None = None,
+        **inputs: Any,
+    ) -> np.ndarray:
+        """Generate one image for each label.
+
+        Args:
+            labels: class of each image, (n,) whole numbers.
+            seed: image i depends on (seed, first_index + i), its label and `inputs`, not on how images are batched
+                (beyond rounding, where kernels differ by batch).
+            first_index: number of the first image.
+            batch: most images at a time; bounds the memory.
+            progress: told how far it is after every call of a graph.
+            inputs: other inputs of the plan (``cfg``, ``top_k`` …): one number, or one an image where it is per image.
+
+        Returns:
+            Images (n, 3, H, W) float32 in [0, 1].
+
+        Raises:
+            InputError: a label or an input is not valid, or the memory does not suffice.
+        """
+        batches = self.batches(labels, seed=seed, first_index=first_index, batch=batch, progress=progress, **inputs)
+        return np.concatenate(list(batches))
+
+    def batches(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        *,
+        seed: int = 0,
+        first_index: int = 0,
+        batch: int = 16,
+        progress: Progress | None = None,
+        **inputs: Any,
+    ) -> Iterator[np.ndarray]:
+        """The same as `generate`, one batch of at most `batch` images after another."""
+        plan = self.player.plan
+        if batch < 1:
+            raise InputError(f"batch is {batch}; at least 1 is needed")
+        port = label_input(plan)
+        if port is None:
+            raise InputError("this bundle takes no class labels by themselves; use `player.play` with its inputs")
+        values = to_arrays(plan, {**inputs, port.name: labels})
+        if port.name not in values or values[port.name].ndim != 1 or values[port.name].size == 0:
+            raise InputError("labels must be a list with the class of each image, and not empty")
+        total = values[port.name].size
+        check_inputs(plan, values, {**plan.dims, "batch": total})  # before any work, and for all images
+        split = {i.name for i in plan.inputs if is_per_image(i) and i.name in values and values[i.name].ndim}
+        return self._play(values, split, total, seed, first_index, batch, progress)
+
+    def _play(
+        self,
+        values: Mapping[str, np.ndarray],
+        split: set[str],
+        total: int,
+        seed: int,
+        first_index: int,
+        batch: int,
+        progress: Progress | None,
+    ) -> Iterator[np.ndarray]:
+        calls = self.player.calls * -(-total // batch)
+        done = count(1)
+
+        def observe(_: CallRecord[OrtValue]) -> None:
+            if progress is not None:
+                progress(next(done), calls)
+
+        for start in range(0, total, batch):
+            stop = min(start + batch, total)
+            part = {name: value[start:stop] if name in split else value for name, value in values.items()}
+            images = self.player.play(part, seed=seed, first_index=first_index + start, observer=observe)
+            yield images.astype(np.float32, copy=False)
+
+
+def load(
+    path: str | Path,
+    provider: Literal["auto", "cpu", "cuda"] | str = "auto",
+    options: Literal["serve", "exact"] | str = "serve",
+    threads: int | None = None,
+    target: str | None = None,
+    check: Literal["full", "size"] = "full",
+) -> Runtime:
+    """Open a bundle and make a session for each of its graphs.
+
+    Args:
+        path: the bundle.
+        provider: where to run; ``"auto"`` takes CUDA where there is a GPU.
+        options: ``"serve"`` for speed, ``"exact"`` for parity; `qexport.targets` says what they change.
+        threads: CPU threads for one operator; None leaves it to ONNX Runtime.
+        target: run the graphs that were lowered to it instead of the portable ones.
+        check: ``"full"`` verifies every hash, ``"size"`` only sizes.
+
+    Raises:
+        BundleError: the bundle is damaged, or ONNX Runtime cannot load it.
+        InputError: no bundle, no such provider, or the provider cannot be used here.
+    """
+    chosen = choose_provider(provider)
+    bundle = Bundle.open(path, check)
+    config = session_config(chosen, options, quant_traits(bundle.manifest))
+    files = bundle.graph_files(target)
+    sessions = {name: make_session(file, bundle.path, config, threads) for name, file in files.items()}
+    player = Player(bundle.plan, OrtBackend(sessions, config.device), bundle.tables())
+    return Runtime(bundle, player, chosen)
+
+
+def quant_traits(manifest: Manifest) -> QuantTraits:
+    """What session options need to know of the layer table."""
+    rows = [row for row in manifest.layers if row.get("algorithm")]
+    return QuantTraits(
+        weight_only=frozenset(str(row["format"]) for row in rows if not row.get("activation_format")),
+        with_activations=frozenset(str(row["format"]) for row in rows if row.get("activation_format")),
+    )
