@@ -33,12 +33,28 @@ class Port:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A stretch of a graph that is captured on its own.
+
+    `modules` differ in nothing but their weights: the first is captured, and the copies follow one another. Ports are
+    wires: an input takes the latest value of that name (an output of an earlier part or copy, else an input of the
+    graph). ``{i}`` in a port's name and in `prefix`, which is put before parameter names, stands for the copy's number.
+    """
+
+    modules: tuple[torch.nn.Module, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
 class GraphSpec:
-    """A graph to be captured.
+    """A graph to be captured, and the torch module that computes the same.
 
     `module.forward` takes one tensor per entry of `inputs`, in order, and returns a tuple with one per entry of
-    `outputs`. `example_dims` gives each symbolic dimension a size ≥ 2 for tracing (smaller ones would be baked in).
-    Parameter names of `module` become the names of initialisers; no parameter may belong to two graphs.
+    `outputs`. `parts` says how to capture it piecewise (a transformer: before, one block, after); without them it is
+    traced as a whole. `example_dims` gives each symbolic dimension a size ≥ 2 for tracing (smaller ones would be baked
+    in). No parameter may belong to two graphs.
     """
 
     name: str
@@ -46,6 +62,22 @@ class GraphSpec:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     example_dims: Mapping[str, int]
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def all_parts(self) -> tuple[Part, ...]:
+        """`parts`, or the whole as one."""
+        return self.parts or (Part((self.module,), self.inputs, self.outputs),)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Every parameter and buffer under the name that its initialiser has, in order of use."""
+        found: dict[str, torch.Tensor] = {}
+        for part in self.all_parts:
+            for i, module in enumerate(part.modules):
+                prefix = part.prefix.format(i=i)
+                found |= {prefix + name: value for name, value in module.named_parameters()}
+                found |= {prefix + name: value for name, value in module.named_buffers()}
+        return found
 
 
 @dataclass(frozen=True)
@@ -106,7 +138,7 @@ class ModelEntry:
 class Generator:
     """A model ready for quantisation: graphs, plan, and what may be quantised.
 
-    `layers` maps a layer name (``blocks.3.ffn.fc2``) to (graph, parameter name) for every matrix (out, in) that a
+    `layers` maps a layer name (``blocks.3.ffn.fc2``) to (graph, initialiser name) for every matrix (out, in) that a
     recipe may name; `default_layers` are the patterns that the presets quantise. `quality` answers teacher forcing.
     `checkpoint_sha256` maps the role of each checkpoint file to its hash. `licence` is shown where weights are loaded.
     """

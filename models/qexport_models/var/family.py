@@ -1,0 +1,118 @@
+"""The VAR family: what can be loaded, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qexport.family import DrawSpec, Family, Generator, ModelEntry
+from qexport_models.checkpoints import locate, read_state, sha256
+from qexport_models.strict_load import build_strict
+from qexport_models.var.config import VARConfig, VQVAEConfig
+from qexport_models.var.graphs import Decode, Step
+from qexport_models.var.model import VAR
+from qexport_models.var.sampling_plan import graphs, plan, tables
+from qexport_models.var.vqvae import VQVAE
+
+SCALES_32 = (1, 2, 3, 4, 5, 6, 8)
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+BLOCK_LAYERS = ("attn.mat_qkv", "attn.proj", "ffn.fc1", "ffn.fc2", "ada_lin.1")
+OTHER_LAYERS = ("shared_ada_lin.1", "head_nm.ada_lin.1", "head", "word_embed")
+DEFAULT_LAYERS = ("blocks.*",)
+
+
+class VARQuality:
+    """Teacher forcing of a VAR model (`qexport.family.LogitModel`)."""
+
+    def __init__(self, var: VAR, vae: VQVAE) -> None:
+        self.var, self.vae = var, vae
+
+    @property
+    def scale_lengths(self) -> Sequence[int]:
+        """Tokens of each scale."""
+        return self.var.config.tokens_per_scale
+
+    @torch.no_grad()
+    def tokenize(self, images: Tensor) -> Tensor:
+        """Images (n, 3, H, W) in [0, 1] → tokens (n, L)."""
+        return torch.cat(self.vae.tokenize(images * 2 - 1), dim=1)
+
+    @torch.no_grad()
+    def teacher_forced_logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        """Labels (n,), tokens (n, L) → logits (n, L, V)."""
+        by_scale = list(torch.split(tokens, list(self.scale_lengths), dim=1))
+        return self.var(labels, self.vae.quantize.teacher_forcing_input(by_scale))
+
+
+def load(entry: ModelEntry, checkpoint: str | None, vae_checkpoint: str | None) -> Generator:
+    """Build one of `ENTRIES` from its files.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable, or of another architecture.
+    """
+    config, vae_config = entry.config["var"], entry.config["vae"]
+    paths = {
+        "model": locate(entry, entry.files[0], checkpoint, "--checkpoint"),
+        "vae": locate(entry, entry.files[1], vae_checkpoint, "--vae-checkpoint"),
+    }
+    var = build_strict(lambda: VAR(config), read_state(paths["model"]), f"{entry.name} ({paths['model'].name})")
+    vae = build_strict(lambda: VQVAE(vae_config), read_state(paths["vae"]), f"its VQVAE ({paths['vae'].name})")
+    return assemble(entry, var, vae, {role: sha256(path) for role, path in paths.items()})
+
+
+def assemble(entry: ModelEntry, var: VAR, vae: VQVAE, hashes: dict[str, str]) -> Generator:
+    """A generator from modules that are loaded."""
+    config = var.config
+    names = [f"blocks.{i}.{layer}" for i in range(config.depth) for layer in BLOCK_LAYERS]
+    parameters = dict(var.named_parameters())
+    layers = [name for name in (*names, *OTHER_LAYERS) if f"{name}.weight" in parameters]
+    return Generator(
+        entry=entry,
+        graphs=graphs(config, Step(var, vae), Decode(vae)),
+        plan=plan(config, vae.config),
+        layers={name: ("step", f"{name}.weight") for name in layers},
+        default_layers=DEFAULT_LAYERS,
+        draw=DrawSpec(graph="step"),
+        quality=VARQuality(var, vae),
+        tables=tables(config),
+        checkpoint_sha256=hashes,
+    )
+
+
+def _entry(depth: int, scales: tuple[int, ...], name: str, parameters: int) -> ModelEntry:
+    reference = scales == SCALES_32
+    large = scales == SCALES_512
+    config = VARConfig(
+        depth=depth, width=64 * depth, heads=depth, num_classes=10 if reference else 1000,
+        scales=scales, vocab_size=4096, z_channels=32, shared_aln=large,
+    )  # fmt: skip
+    vae = VQVAEConfig(4096, 32, 64, (1, 2, 2), scales) if reference else VQVAEConfig(4096, 32, 160, (1, 1, 2, 2, 4), scales)
+    return ModelEntry(
+        name=name,
+        family="var",
+        image_size=scales[-1] * vae.downsample,
+        num_classes=config.num_classes,
+        parameters=parameters,
+        files=(f"{name}.safetensors", "vqvae-c10.safetensors") if reference else (f"var_d{depth}.pth", "vae_ch160v4096z32.pth"),
+        source="trained for this project on CIFAR-10" if reference else "Hugging Face FoundationVision/var",
+        licence="Apache-2.0" if reference else "MIT",
+        bundled=reference,
+        config={"var": config, "vae": vae},
+    )  # fmt: skip
+
+
+ENTRIES = (
+    _entry(2, SCALES_32, "var-c10-d2", 1_171_208),
+    _entry(3, SCALES_32, "var-c10-d3", 2_892_815),
+    _entry(4, SCALES_32, "var-c10-d4", 5_957_648),
+    _entry(16, SCALES_256, "var-d16", 310_283_520),
+    _entry(20, SCALES_256, "var-d20", 600_917_136),
+    _entry(24, SCALES_256, "var-d24", 1_033_399_360),
+    _entry(30, SCALES_256, "var-d30", 2_010_020_356),
+    _entry(36, SCALES_512, "var-d36-512", 2_353_893_904),
+)
+
+FAMILY = Family("var", ENTRIES, load)

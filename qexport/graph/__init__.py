@@ -1,0 +1,1 @@
+"""Graphs: capture from torch, passes over onnx_ir, invariants. Capture is floating point; quantisation is inserted."""
