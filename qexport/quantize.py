@@ -1,0 +1,91 @@
+"""From a model and a recipe to the numbers that go to disk, and back into the model as the reference of parity.
+
+Both ways start here, so that what is exported and what it is compared with cannot drift apart: matrices the recipe
+names become codes and scales, every other matrix (two dimensions or more) is stored in fp16, vectors in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qexport.algorithms import get_algorithm
+from qexport.errors import InputError
+from qexport.numerics.quantized import QuantizedTensor
+from qexport.recipe import Recipe, Rule
+
+if TYPE_CHECKING:
+    from qexport.family import Generator
+
+FP16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One parameter as it goes to disk.
+
+    `name` is the initialiser in `graph`; `layer` and `rule` are set for a matrix that a recipe may name. `value` is
+    codes and scales (outputs, inputs), or an array: float16 (matrices), float32 (vectors), or an integer buffer.
+    """
+
+    graph: str
+    name: str
+    layer: str | None
+    rule: Rule | None
+    value: QuantizedTensor | np.ndarray
+
+    def restored(self) -> np.ndarray:
+        """The numbers that a runtime computes with: float32, or the integer buffer."""
+        if isinstance(self.value, QuantizedTensor):
+            return self.value.dequantize()
+        return self.value.astype(np.float32) if self.value.dtype == np.float16 else self.value
+
+
+def stored_weights(generator: Generator, recipe: Recipe) -> Iterator[StoredWeight]:
+    """Every parameter of every graph, one at a time, in graph order.
+
+    Raises:
+        InputError: the recipe does not fit the model, or a weight is not finite or does not fit fp16.
+    """
+    parameters = {graph.name: graph.parameters() for graph in generator.graphs}
+    shapes = {layer: _matrix_shape(parameters[graph][name].shape) for layer, (graph, name) in generator.layers.items()}
+    rules = recipe.assign(generator.layers, shapes)
+    layer_of = {place: layer for layer, place in generator.layers.items()}
+    for graph, tensors in parameters.items():
+        for name, tensor in tensors.items():
+            layer = layer_of.get((graph, name))
+            rule = rules.get(layer) if layer else None
+            array = tensor.detach().numpy()
+            yield StoredWeight(graph, name, layer, rule, _stored(name, array, rule))
+
+
+def apply_stored(generator: Generator, stored: Iterable[StoredWeight]) -> None:
+    """Overwrite the modules' parameters with what a runtime computes with: the quantised reference, in place."""
+    import torch
+
+    parameters = {graph.name: graph.parameters() for graph in generator.graphs}
+    with torch.no_grad():
+        for weight in stored:
+            parameters[weight.graph][weight.name].copy_(torch.from_numpy(weight.restored()))
+
+
+def _stored(name: str, array: np.ndarray, rule: Rule | None) -> QuantizedTensor | np.ndarray:
+    if rule is not None and rule.weight is not None:
+        return get_algorithm(rule.algorithm)(array, rule.weight, name=name)
+    if not np.issubdtype(array.dtype, np.floating):
+        return array
+    if not np.isfinite(array).all():
+        raise InputError(f"{name}: holds NaN or infinity; the checkpoint is damaged")
+    if array.ndim < 2:
+        return array
+    if np.abs(array).max(initial=0) > FP16_MAX:
+        raise InputError(f"{name}: reaches {np.abs(array).max():.3g}, beyond fp16, in which matrices are stored")
+    return array.astype(np.float16)
+
+
+def _matrix_shape(shape: Iterable[int]) -> tuple[int, int]:
+    outputs, inputs = shape
+    return int(outputs), int(inputs)
