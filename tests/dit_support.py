@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from pathlib import Path
 from typing import Any
 
-import qexport_models
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from support import checkpoint, on_meta, relative_l2, spec, state_of, tensors
+from support import published_lists as _published_lists
 
-FIXTURES = Path(__file__).parent / "fixtures"
-CHECKPOINTS = Path(next(iter(qexport_models.__path__))) / "checkpoints"
+__all__ = ["BROKEN", "RELATIVE_L2", "checkpoint", "on_meta", "published_lists", "relative_l2", "spec", "state_of", "tensors"]
 
 RELATIVE_L2 = 2e-5
 """float32 against float32, other kernels: one unit in the last place of a timestep frequency moves a timestep
@@ -23,32 +17,6 @@ BROKEN = 5 * RELATIVE_L2
 """A mutation must at least be this far off, or the test above it guards nothing."""
 
 
-def relative_l2(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖ in float64; shapes must agree, so that nothing broadcasts."""
-    assert got.shape == want.shape
-    return float((got.double() - want.double()).norm() / want.double().norm())
-
-
-def tensors(name: str) -> dict[str, Tensor]:
-    return load_file(FIXTURES / f"{name}.safetensors")
-
-
-def spec(name: str) -> dict[str, Any]:
-    return json.loads((FIXTURES / f"{name}.json").read_text())
-
-
-def state_of(fixture: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix("sd."): value for key, value in fixture.items() if key.startswith("sd.")}
-
-
-def checkpoint(name: str) -> dict[str, Tensor]:
-    return load_file(CHECKPOINTS / f"{name}.safetensors")
-
-
 def published_lists() -> dict[str, dict[str, Any]]:
     """Model → config, parameters (a count), shapes (key → shape); all float32."""
-    return json.loads(gzip.decompress((FIXTURES / "keys" / "dit.json.gz").read_bytes()))
-
-
-def on_meta(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return _published_lists("dit")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qexport.family import DrawSpec, Family, Generator, ModelEntry
 from qexport_models.checkpoints import locate, read_state, sha256
+from qexport_models.featurenet import Cifar10Features
 from qexport_models.strict_load import build_strict
 from qexport_models.var.config import VARConfig, VQVAEConfig
 from qexport_models.var.graphs import Decode, Step
@@ -79,6 +80,7 @@ def assemble(entry: ModelEntry, var: VAR, vae: VQVAE, hashes: dict[str, str]) ->
         quality=VARQuality(var, vae),
         tables=tables(config),
         checkpoint_sha256=hashes,
+        features=Cifar10Features() if entry.bundled else None,
     )
 
 
@@ -105,9 +107,9 @@ def _entry(depth: int, scales: tuple[int, ...], name: str, parameters: int) -> M
 
 
 ENTRIES = (
-    _entry(2, SCALES_32, "var-c10-d2", 1_171_208),
-    _entry(3, SCALES_32, "var-c10-d3", 2_892_815),
-    _entry(4, SCALES_32, "var-c10-d4", 5_957_648),
+    _entry(2, SCALES_32, "var-c10-d2", 1_181_316),
+    _entry(3, SCALES_32, "var-c10-d3", 2_903_113),
+    _entry(4, SCALES_32, "var-c10-d4", 5_970_192),
     _entry(16, SCALES_256, "var-d16", 310_283_520),
     _entry(20, SCALES_256, "var-d20", 600_917_136),
     _entry(24, SCALES_256, "var-d24", 1_033_399_360),
