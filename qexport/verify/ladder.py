@@ -1,0 +1,96 @@
+"""The ladder: every check of a bundle, in the order in which a failure explains the next one.
+
+    integrity → structure, weights → trajectories (logits, states, draws, images) → placement → quality → speed
+
+Parity runs under ``exact`` session options, quality and speed under ``serve``, and no figure mixes the two. A rung that
+needs the model's checkpoint is skipped, and listed so, where it is not at hand.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qexport.bundle import Bundle
+from qexport.errors import BundleError, InputError
+from qexport.family import Generator
+from qexport.runtime.session import choose_provider
+from qexport.verify.checks import Place, Progress, failed
+from qexport.verify.environment import describe_environment
+from qexport.verify.images import open_images
+from qexport.verify.report import VerifyReport
+from qexport.verify.report_files import write_reports
+from qexport.verify.rungs import Rungs
+
+
+def verify(
+    bundle_path: str | Path,
+    *,
+    generator: Generator | None = None,
+    provider: str = "auto",
+    samples: int = 64,
+    batch: int = 16,
+    seed: int = 0,
+    images: str | Path | None = None,
+    every: int = 1,
+    quality: bool = False,
+    fd_images: int = 1000,
+    max_kl: float | None = None,
+    max_fd: float | None = None,
+    checkpoint: str | None = None,
+    vae_checkpoint: str | None = None,
+    reports: bool = True,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Verify a bundle; `VerifyReport.passed` says whether it is good.
+
+    Args:
+        bundle_path: the bundle.
+        generator: the full-precision model, if it is loaded already; it is not changed.
+        provider: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        samples: trajectories that are compared step by step, and samples for the quality figures without `images`.
+        batch: most images at a time; bounds the memory.
+        seed: of trajectories, drawn samples and generated images.
+        images: real images for the quality figures: an .npz or a folder (see `qexport.verify.images`).
+        every: take every n-th of them only.
+        quality: also generate `fd_images` images and measure their Fréchet distance.
+        fd_images: see `quality`.
+        max_kl: fail above this KL(fp ‖ quantised), nats per token. None only reports it.
+        max_fd: fail above this Fréchet distance; implies `quality`. None only reports it.
+        checkpoint: file of the generator's weights, where it is neither bundled nor downloaded.
+        vae_checkpoint: file of the decoder's weights.
+        reports: write ``verify.json`` and ``verify.html`` into the bundle's ``reports/``.
+        progress: told how far it is.
+
+    Raises:
+        InputError: there is no bundle, the images cannot be read, or the provider cannot be used. A damaged bundle is a
+            failed check and not an error.
+    """
+    if samples < 1 or batch < 1:
+        raise InputError(f"{samples} samples in batches of {batch}; both must be at least 1")
+    chosen = choose_provider(provider)
+    report = VerifyReport(bundle=str(bundle_path), environment=describe_environment(chosen))
+    report.settings = {"samples": samples, "batch": batch, "seed": seed, "provider": chosen}
+    tell = progress or (lambda stage, done, total: None)
+    tell("integrity", 0, 1)
+    try:
+        bundle = Bundle.open(bundle_path, "full")
+    except BundleError as error:
+        report.checks.append(failed("integrity", Place(node=str(error).partition(":")[0]), str(error)))
+        return report
+    ladder = Rungs(bundle, chosen, report, tell, samples, batch, seed)
+    info = bundle.manifest.model
+    given = open_images(images, size=info.image_size, num_classes=info.num_classes, every=every) if images else None
+    models = ladder.load(generator, checkpoint, vae_checkpoint)
+    ladder.weights(models)
+    ladder.trajectories(models)
+    ladder.placement()
+    ladder.quality(models, given, max_kl)
+    if quality or max_fd is not None:
+        ladder.frechet(models, fd_images, max_fd)
+    ladder.speed()
+    if reports:
+        tell("report", 0, 1)
+        ladder.pictures(models)
+        write_reports(report, bundle.reports)
+    tell("report", 1, 1)
+    return report

@@ -1,0 +1,34 @@
+"""Writing reports into a bundle: whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from qexport.verify.checks import Skipped
+from qexport.verify.report import VerifyReport
+from qexport.verify.report_html import render
+
+JSON_NAME = "verify.json"
+HTML_NAME = "verify.html"
+
+
+def write_reports(report: VerifyReport, folder: Path) -> None:
+    """Write ``verify.json`` and ``verify.html``; where that cannot be done, the report notes it as skipped."""
+    try:
+        folder.mkdir(exist_ok=True)
+        _write(folder / HTML_NAME, render(report))
+        _write(folder / JSON_NAME, json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        report.skipped.append(Skipped("report files", f"{error.filename or folder}: {error.strerror}"))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write through a temporary file beside it, so that a reader sees the old report or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,245 @@
+"""The rungs of the ladder. Each adds its checks and figures to the report; none stops the others.
+
+A bundle that turns out not to be what it should be (`BundleError`) is a failed check of the rung that noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from qexport.bundle import Bundle
+from qexport.errors import BundleError, UnsupportedError
+from qexport.family import Generator
+from qexport.runtime import Runtime, load
+from qexport.runtime.runtime import quant_traits
+from qexport.verify.checks import NOWHERE, Place, Progress, Skipped, at_most, failed
+from qexport.verify.fd import measure_fd
+from qexport.verify.images import ImageSet
+from qexport.verify.limits import Limits, limits_for
+from qexport.verify.placement import HEAVY_OPS, Placement, measure_placement
+from qexport.verify.quality import Quality, drawn_by, measure_quality, runtime_student, tokens_of
+from qexport.verify.reference import Models, check_plan, load_models
+from qexport.verify.report import VerifyReport
+from qexport.verify.speed import measure_speed, peak_memory_bytes
+from qexport.verify.torch_backend import torch_player
+from qexport.verify.trajectory import TrajectoryResult, compare_trajectories, label_inputs, labels_for
+from qexport.verify.trajectory_checks import trajectory_checks
+from qexport.verify.weights import check_layers, check_others, check_structure, layers_of_manifest, open_graphs
+
+PICTURES = 10
+"""Images of each side in the HTML report."""
+
+_T = TypeVar("_T")
+
+
+class Rungs:
+    """Climbs the rungs over one bundle; sessions are made once for each option set."""
+
+    def __init__(
+        self, bundle: Bundle, provider: str, report: VerifyReport, tell: Progress, samples: int, batch: int, seed: int
+    ) -> None:
+        self.bundle, self.provider, self.report, self.tell = bundle, provider, report, tell
+        self.samples, self.batch, self.seed = samples, batch, seed
+        self._runtimes: dict[str, Runtime | None] = {}
+        manifest = bundle.manifest
+        report.model, report.scheme, report.digest = manifest.model.name, manifest.scheme, manifest.digest
+        report.totals, report.size_bytes = manifest.totals, bundle.size_bytes
+        report.bits_per_weight = manifest.totals.get("bits_per_weight_quantized") or manifest.totals.get(
+            "bits_per_weight_all"
+        )
+        report.layers = [dict(row) for row in manifest.layers]
+        detail = f"{len(manifest.files)} files, {bundle.size_bytes:,} bytes, every hash as in the manifest"
+        report.checks.append(at_most("integrity", 0, 0, NOWHERE, detail, "files altered"))
+
+    def load(self, generator: Generator | None, checkpoint: str | None, vae_checkpoint: str | None) -> Models | None:
+        """The models to compare with, or None, and the rungs that need them listed as skipped."""
+        self.tell("reference", 0, 1)
+        models = load_models(self.bundle, generator, checkpoint, vae_checkpoint)
+        if isinstance(models, str):
+            self.skip("weights, trajectories, quality", models)
+            return None
+        return models
+
+    def weights(self, models: Models | None) -> None:
+        """Are the layers quantised, and do the files hold what the reference computes with?"""
+        self.tell("weights", 0, 1)
+        checks = self.report.checks
+        graphs = self.attempt("graphs parsed", lambda: open_graphs(self.bundle))
+        if graphs is None:
+            return
+        if models is None:
+            checks.append(check_structure(graphs, layers_of_manifest(self.bundle)))
+            return
+        checks.append(check_structure(graphs, models.layers))
+        checks.append(check_layers(graphs, models.layers, models.quantised))
+        checks.append(check_others(graphs, models.layers, models.quantised))
+        checks.append(check_plan(self.bundle, models.full))
+
+    def trajectories(self, models: Models | None) -> None:
+        """Play on both sides and compare every call."""
+        if models is None:
+            return
+        reference = models.quantised
+        limits = self.limits()
+        runtime = self.runtime("exact")
+        if limits is None or runtime is None:
+            return
+        result = self.attempt("trajectories", lambda: self.compare(reference, runtime))
+        if result is None:
+            return
+        self.report.trajectories = result.to_json()
+        for graph, group in result.differences.groups():
+            self.report.error_per_call[f"{graph}/{group}"] = result.differences.per_iteration(graph, group)
+        self.report.checks += trajectory_checks(result, limits, self.bundle.plan, reference.draw)
+        self.report.pictures = dict(result.pictures)
+
+    def compare(self, reference: Generator, runtime: Runtime) -> TrajectoryResult:
+        """See `compare_trajectories`."""
+        return compare_trajectories(
+            reference,
+            runtime.player,
+            samples=self.samples,
+            batch=self.batch,
+            seed=self.seed,
+            pictures=PICTURES,
+            progress=lambda done, total: self.tell("trajectories", done, total),
+        )
+
+    def placement(self) -> None:
+        """What ran where, and what was fused."""
+        self.tell("placement", 0, 1)
+        placement = self.attempt("placement", lambda: measure_placement(self.bundle, self.provider))
+        if placement is None:
+            return
+        self.report.placement = placement.to_json()
+        forms, exact = placement.forms("serve"), placement.forms("exact")
+        for row in self.report.layers:
+            row["fused_form"] = forms.get(str(row.get("name")))
+            row["fused_form_exact"] = exact.get(str(row.get("name")))
+        self.fallback(placement)
+
+    def fallback(self, placement: Placement) -> None:
+        """Did anything that matters run on the CPU unasked?"""
+        heavy = [node for node in placement.fallback if node[1] in HEAVY_OPS]
+        place = Place(heavy[0][0]) if heavy else NOWHERE
+        detail = (
+            f"{len(placement.fallback)} nodes on the CPU in all" if placement.provider != "cpu" else "all on the CPU"
+        )
+        if heavy:
+            detail = f"{heavy[0][1]} {heavy[0][2]!r} ran on the CPU; {detail}"
+        name = "matrix operations that fell back to the CPU"
+        self.report.checks.append(at_most(name, len(heavy), 0, place, detail, "nodes"))
+
+    def quality(self, models: Models | None, images: ImageSet | None, max_kl: float | None) -> None:
+        """How far from the full-precision model, under ``serve``."""
+        if models is None:
+            return
+        runtime = self.runtime("serve")
+        if runtime is None:
+            return
+        try:
+            found = self.attempt("quality", lambda: self.measure(models, runtime, images))
+        except UnsupportedError as error:
+            self.skip("quality", str(error))
+            return
+        if found is None:
+            return
+        self.report.quality.update(found.to_json())
+        if max_kl is not None:
+            detail = f"{found.source}, under serve"
+            self.report.checks.append(at_most("KL(fp‖quantised)", found.figures["kl"], max_kl, NOWHERE, detail, "nats"))
+
+    def measure(self, models: Models, runtime: Runtime, images: ImageSet | None) -> Quality:
+        """See `measure_quality`."""
+        full = models.full
+        if full.draw is None:
+            raise UnsupportedError(f"{full.entry.name} draws no tokens")
+        count = len(images) if images else self.samples
+        batches = tokens_of(full, images, self.batch) if images else drawn_by(full, count, self.seed, self.batch)
+        return measure_quality(
+            full,
+            runtime_student(runtime.player, full.draw, self.bundle.tables()),
+            batches,
+            on_images=images is not None,
+            seed=None if images else self.seed,
+            source=images.source if images else f"{count} samples that the full-precision model drew, unguided",
+            progress=lambda done: self.tell("quality", done, count),
+        )
+
+    def frechet(self, models: Models | None, count: int, max_fd: float | None) -> None:
+        """FD of generated images, under ``serve``."""
+        runtime = self.runtime("serve")
+        extractor = models.full.features if models else None
+        if runtime is None or models is None:
+            return
+        if extractor is None:
+            self.skip("FD", f"{models.full.entry.name} has no feature extractor")
+            return
+        calls = runtime.player.calls
+        batches = runtime.batches(
+            labels_for(count, models.full.entry.num_classes),
+            seed=self.seed,
+            batch=self.batch,
+            progress=lambda done, total: self.tell("FD", done // calls, total // calls),
+        )
+        found = self.attempt("FD", lambda: measure_fd(batches, extractor, self.seed))
+        if found is None:
+            return
+        self.report.quality["fd"] = found.to_json()
+        if max_fd is not None:
+            detail = f"{count} images, seed {self.seed}, 95 % interval {found.low:.3g} … {found.high:.3g}, under serve"
+            self.report.checks.append(at_most(f"FD ({found.name})", found.value, max_fd, NOWHERE, detail))
+
+    def speed(self) -> None:
+        """Latency under ``serve``, and peak memory."""
+        self.tell("speed", 0, 1)
+        runtime = self.runtime("serve")
+        speed = self.attempt("speed", lambda: measure_speed(runtime)) if runtime else None
+        if speed is not None:
+            self.report.latency_ms = speed.to_json()
+        self.report.peak_memory_bytes = peak_memory_bytes()
+
+    def pictures(self, models: Models | None) -> None:
+        """The same seeds from the full-precision model and under ``serve``, beside those of the trajectories."""
+        runtime = self.runtime("serve")
+        if models is None or runtime is None or not self.report.pictures:
+            return
+        count = min(PICTURES, self.samples, self.batch)
+        inputs = label_inputs(self.bundle.plan, labels_for(count, models.full.entry.num_classes))
+        full = torch_player(models.full).play(inputs, seed=self.seed)
+        serve = self.attempt("pictures", lambda: runtime.player.play(inputs, seed=self.seed))
+        self.report.pictures = {"torch, full precision": full, **self.report.pictures}
+        if serve is not None:
+            self.report.pictures["ONNX Runtime, serve"] = serve
+
+    def limits(self) -> Limits | None:
+        """The limits for this bundle; None, and the rung listed as skipped, where there are none."""
+        try:
+            return limits_for(quant_traits(self.bundle.manifest), self.bundle.manifest.dtype)
+        except UnsupportedError as error:
+            self.skip("trajectories", str(error))
+            return None
+
+    def runtime(self, options: str) -> Runtime | None:
+        """The bundle's sessions under an option set, made once; None if it cannot be loaded (a failed check)."""
+        if options not in self._runtimes:
+            self._runtimes[options] = self.attempt(
+                f"graphs load ({options})",
+                lambda: load(self.bundle.path, provider=self.provider, options=options, check="size"),
+            )
+        return self._runtimes[options]
+
+    def attempt(self, name: str, action: Callable[[], _T]) -> _T | None:
+        """The result of `action`, or None and a failed check if the bundle is not what it should be."""
+        try:
+            return action()
+        except BundleError as error:
+            text = str(error)
+            named = [g for g in self.bundle.plan.graphs if f"{g!r}" in text or self.bundle.manifest.graphs[g] in text]
+            self.report.checks.append(failed(name, Place(named[0]) if named else NOWHERE, text))
+            return None
+
+    def skip(self, name: str, reason: str) -> None:
+        """List a rung that is not climbed."""
+        self.report.skipped.append(Skipped(name, reason))
