@@ -114,6 +114,29 @@ class LogitModel(Protocol):
         ...
 
 
+class FeatureExtractor(Protocol):
+    """The feature space in which the Fréchet distance of generated images is measured, and the real images in it."""
+
+    @property
+    def name(self) -> str:
+        """What the features are, for reports: ``FD (NAME)``. Only Inception's may be called FID."""
+        ...
+
+    @property
+    def mu(self) -> np.ndarray:
+        """Mean feature of real images, (D,) float64."""
+        ...
+
+    @property
+    def cov(self) -> np.ndarray:
+        """Covariance of the features of real images, (D, D) float64."""
+        ...
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (n, 3, H, W) float32 in [0, 1] → features (n, D) float32."""
+        ...
+
+
 @dataclass(frozen=True)
 class ModelEntry:
     """One model that can be loaded, for `qexport models` and for messages.
@@ -140,6 +163,7 @@ class Generator:
 
     `layers` maps a layer name (``blocks.3.ffn.fc2``) to (graph, initialiser name) for every matrix (out, in) that a
     recipe may name; `default_layers` are the patterns that the presets quantise. `quality` answers teacher forcing.
+    `features`, where there are any, measure generated images.
     `checkpoint_sha256` maps the role of each checkpoint file to its hash. `licence` is shown where weights are loaded.
     """
 
@@ -152,6 +176,7 @@ class Generator:
     quality: LogitModel | None
     tables: Mapping[str, np.ndarray]
     checkpoint_sha256: Mapping[str, str]
+    features: FeatureExtractor | None = None
 
     def graph(self, name: str) -> GraphSpec:
         """The graph of that name."""
