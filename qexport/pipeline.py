@@ -16,7 +16,7 @@ from qexport.family import Generator, find_model
 from qexport.numerics.metrics import sqnr_db
 from qexport.numerics.packing import pack
 from qexport.numerics.quantized import QuantizedTensor
-from qexport.quantize import StoredWeight, stored_weights
+from qexport.quantize import StoredWeight, assign_rules, stored_weights
 from qexport.recipe import Recipe, recipe_for
 from qexport.scheme import Scheme, TensorSpec, preset
 from qexport.totals import layer_row, totals
@@ -78,13 +78,12 @@ def quantize(
     return export(generator, recipe, folder, overwrite=overwrite, progress=tell)
 
 
-def export(
-    generator: Generator, recipe: Recipe, out: Path, *, overwrite: bool = False, progress: Progress
-) -> Bundle:
+def export(generator: Generator, recipe: Recipe, out: Path, *, overwrite: bool = False, progress: Progress) -> Bundle:
     """Write the bundle of a generator that is loaded; see `quantize`."""
     from qexport.graph import build
     from qexport.graph.capture import capture
 
+    assign_rules(generator, recipe)  # a recipe that does not fit is said before the slow part
     with BundleWriter(out, overwrite=overwrite) as writer:
         graphs: dict[str, ir.Model] = {}
         for done, spec in enumerate(generator.graphs):
@@ -145,7 +144,9 @@ def _write(writer: BundleWriter, weight: StoredWeight, transposed: bool) -> Iter
         yield writer.weights.add(weight.name, array, array.dtype.name, array.shape)
         return
     if not transposed:
-        raise InputError(f"{weight.layer}: the graph does not use this weight as a linear layer; it cannot be quantised")
+        raise InputError(
+            f"{weight.layer}: the graph does not use this weight as a linear layer; it cannot be quantised"
+        )
     codes = np.ascontiguousarray(value.codes.T)
     dtype = (value.spec.format.onnx_type or "").lower()
     yield writer.weights.add(weight.name, pack(codes, value.spec.format.container_bits).tobytes(), dtype, codes.shape)

@@ -44,6 +44,20 @@ class StoredWeight:
         return self.value.astype(np.float32) if self.value.dtype == np.float16 else self.value
 
 
+def assign_rules(generator: Generator, recipe: Recipe) -> dict[str, Rule]:
+    """The rule of every layer that is to be quantised.
+
+    Raises:
+        InputError: the recipe does not fit the model, or names an unknown algorithm.
+    """
+    parameters = {graph.name: graph.parameters() for graph in generator.graphs}
+    shapes = {layer: _matrix_shape(parameters[graph][name].shape) for layer, (graph, name) in generator.layers.items()}
+    rules = recipe.assign(generator.layers, shapes)
+    for rule in rules.values():
+        get_algorithm(rule.algorithm)
+    return rules
+
+
 def stored_weights(generator: Generator, recipe: Recipe) -> Iterator[StoredWeight]:
     """Every parameter of every graph, one at a time, in graph order.
 
@@ -51,8 +65,7 @@ def stored_weights(generator: Generator, recipe: Recipe) -> Iterator[StoredWeigh
         InputError: the recipe does not fit the model, or a weight is not finite or does not fit fp16.
     """
     parameters = {graph.name: graph.parameters() for graph in generator.graphs}
-    shapes = {layer: _matrix_shape(parameters[graph][name].shape) for layer, (graph, name) in generator.layers.items()}
-    rules = recipe.assign(generator.layers, shapes)
+    rules = assign_rules(generator, recipe)
     layer_of = {place: layer for layer, place in generator.layers.items()}
     for graph, tensors in parameters.items():
         for name, tensor in tensors.items():

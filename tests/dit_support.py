@@ -7,7 +7,17 @@ from typing import Any
 from support import checkpoint, on_meta, relative_l2, spec, state_of, tensors
 from support import published_lists as _published_lists
 
-__all__ = ["BROKEN", "RELATIVE_L2", "checkpoint", "on_meta", "published_lists", "relative_l2", "spec", "state_of", "tensors"]
+__all__ = [
+    "BROKEN",
+    "RELATIVE_L2",
+    "checkpoint",
+    "on_meta",
+    "published_lists",
+    "relative_l2",
+    "spec",
+    "state_of",
+    "tensors",
+]
 
 RELATIVE_L2 = 2e-5
 """float32 against float32, other kernels: one unit in the last place of a timestep frequency moves a timestep

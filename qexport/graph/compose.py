@@ -33,7 +33,9 @@ class _Builder:
     def __init__(self, spec: GraphSpec) -> None:
         self.spec = spec
         self.inputs = [_port_value(port) for port in spec.inputs]
-        self.wires: dict[str, ir.Value] = {port.name: value for port, value in zip(spec.inputs, self.inputs, strict=True)}
+        self.wires: dict[str, ir.Value] = {
+            port.name: value for port, value in zip(spec.inputs, self.inputs, strict=True)
+        }
         self.initializers: dict[str, ir.Value] = {}
         self.nodes: list[ir.Node] = []
 
@@ -63,13 +65,14 @@ class _Builder:
     def _constant(self, name: str, original: ir.Value) -> ir.Value:
         tensor = original.const_value
         assert tensor is not None
-        value = ir.Value(name=name, type=original.type, shape=original.shape, const_value=ir.tensor(tensor.numpy(), name=name))
+        value = _value_like(original, name)
+        value.const_value = ir.tensor(tensor.numpy(), name=name)
         self.initializers[name] = value
         return value
 
     def _parameter(self, name: str, original: ir.Value) -> ir.Value:
         if name not in self.initializers:
-            self.initializers[name] = ir.Value(name=name, type=original.type, shape=original.shape)
+            self.initializers[name] = _value_like(original, name)
         return self.initializers[name]
 
     def finish(self, opset_imports: dict[str, int]) -> ir.Model:
@@ -92,9 +95,18 @@ def _port_value(port: Port) -> ir.Value:
 _IR_NAMES = {"float32": "FLOAT", "float16": "FLOAT16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 
 
+def _own_type(value: ir.Value) -> ir.TypeProtocol | None:
+    """A type of its own: onnx_ir's types are mutable, and copies of a part get weights of different types."""
+    return None if value.dtype is None else ir.TensorType(value.dtype)
+
+
+def _value_like(original: ir.Value, name: str) -> ir.Value:
+    return ir.Value(name=name, type=_own_type(original), shape=original.shape)
+
+
 def _copy_node(node: ir.Node, values: dict[int, ir.Value], prefix: str) -> ir.Node:
     """A copy that reads and makes the values of one copy of a part; shapes are dropped, they carry the tracer's symbols."""
-    outputs = [ir.Value(type=output.type) for output in node.outputs]
+    outputs = [ir.Value(type=_own_type(output)) for output in node.outputs]
     values |= {id(old): new for old, new in zip(node.outputs, outputs, strict=True)}
     copied = ir.Node(
         node.domain,
@@ -106,5 +118,7 @@ def _copy_node(node: ir.Node, values: dict[int, ir.Value], prefix: str) -> ir.No
     )
     scopes = node.metadata_props.get(SCOPES_KEY)
     if scopes:
-        copied.metadata_props[SCOPES_KEY] = str([prefix + scope if scope else prefix.rstrip(".") for scope in ast.literal_eval(scopes)])
+        copied.metadata_props[SCOPES_KEY] = str(
+            [prefix + scope if scope else prefix.rstrip(".") for scope in ast.literal_eval(scopes)]
+        )
     return copied

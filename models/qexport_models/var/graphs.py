@@ -8,13 +8,15 @@ X = side² positions of f_hat, H heads, Q head width.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qexport_models.sampling import draw_tokens
 from qexport_models.var.model import VAR
-from qexport_models.var.vqvae import VQVAE
+from qexport_models.var.vqvae import VQVAE, Quantizer
 
 
 class Embed(nn.Module):
@@ -44,6 +46,24 @@ class Embed(nn.Module):
         return x_BLD, class_BD, modulation
 
 
+class Codebook(nn.Module):
+    """What sampling needs of the quantiser: codes and φ convolutions, without training statistics."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.embedding, self.quant_resi = quantizer.embedding, quantizer.quant_resi
+
+    def phi(self, h_BZHW: Tensor, index: Tensor) -> Tensor:
+        """φ number `index`: all convolutions in one (they are tiny), then the one that counts."""
+        phi = self.quant_resi
+        convolutions = cast(list[nn.Conv2d], list(phi.qresi_ls))
+        weight = torch.cat([conv.weight for conv in convolutions])
+        bias = torch.cat([cast(Tensor, conv.bias) for conv in convolutions])
+        all_BKZHW = F.conv2d(h_BZHW, weight, bias, padding=1).unflatten(1, (len(convolutions), -1))
+        chosen = torch.index_select(all_BKZHW, 1, index[None])[:, 0]
+        return h_BZHW * (1 - phi.ratio) + chosen * phi.ratio
+
+
 class Draw(nn.Module):
     """From the blocks' output to tokens, the grown f_hat and the next map."""
 
@@ -51,8 +71,7 @@ class Draw(nn.Module):
         super().__init__()
         self.config = var.config
         self.head_nm, self.head = var.head_nm, var.head
-        self.quantize = nn.Module()
-        self.quantize.embedding, self.quantize.quant_resi = vae.quantize.embedding, vae.quantize.quant_resi
+        self.quantize = Codebook(vae.quantize)
 
     def forward(
         self,
@@ -79,18 +98,9 @@ class Draw(nn.Module):
 
         side = config.scales[-1]
         h_BZX = (up_XL @ self.quantize.embedding(tokens_BL)).transpose(1, 2)
-        h_BZHW = self._phi(h_BZX.reshape(batch, config.z_channels, side, side), phi)
+        h_BZHW = self.quantize.phi(h_BZX.reshape(batch, config.z_channels, side, side), phi)
         f_hat_BZX = f_hat_BZX + h_BZHW.flatten(2)
         return tokens_BL, guided_BLV, f_hat_BZX, down_NX @ f_hat_BZX.transpose(1, 2)
-
-    def _phi(self, h_BZHW: Tensor, index: Tensor) -> Tensor:
-        """φ of this scale: all convolutions in one (they are tiny), then the one that counts."""
-        phi = self.quantize.quant_resi
-        weight = torch.cat([conv.weight for conv in phi.qresi_ls])
-        bias = torch.cat([conv.bias for conv in phi.qresi_ls])
-        all_BKZHW = F.conv2d(h_BZHW, weight, bias, padding=1).unflatten(1, (len(phi.qresi_ls), -1))
-        chosen = torch.index_select(all_BKZHW, 1, index[None])[:, 0]
-        return h_BZHW * (1 - phi.ratio) + chosen * phi.ratio
 
 
 class Step(nn.Module):

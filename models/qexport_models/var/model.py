@@ -111,10 +111,8 @@ class Block(nn.Module):
         """
         past = None if past_key is None or past_value is None else (past_key, past_value)
         width = x_BLD.shape[-1]
-        if hasattr(self, "ada_gss"):
-            rows_BX = (self.ada_gss + condition).flatten(1)
-        else:
-            rows_BX = self.ada_lin(condition)
+        shared = hasattr(self, "ada_gss")
+        rows_BX = (self.ada_gss + condition).flatten(1) if shared else self.ada_lin(condition)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = _rows(rows_BX, width)
         normed = F.layer_norm(x_BLD, (width,), eps=self.eps)
         attended, keys, values = self.attn(normed * (scale1 + 1) + shift1, past, mask_LL)
@@ -141,7 +139,7 @@ class HeadNorm(nn.Module):
 class VAR(nn.Module):
     """Class-conditional next-scale transformer; class number `num_classes` is the null class of guidance."""
 
-    lvl_1L: Tensor
+    lvl_1L: Tensor  # noqa: N815  the name in the published files
     attn_bias_for_masking: Tensor
 
     def __init__(self, config: VARConfig) -> None:

@@ -7,17 +7,19 @@ exact to float32 rounding and as fast as any kernel, where the exporter's own fo
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 CUBIC_A = -0.75  # torch.nn.functional.interpolate(mode="bicubic")
 
 
-def _cubic(distance: np.ndarray) -> np.ndarray:
+def _cubic(distance: float) -> float:
     """Keys' cubic convolution kernel (Keys 1981, eq. 15 with free parameter a)."""
-    d, a = np.abs(distance), CUBIC_A
-    near = (a + 2) * d**3 - (a + 3) * d**2 + 1
-    far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-    return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
+    d, a = abs(distance), CUBIC_A
+    if d <= 1:
+        return (a + 2) * d**3 - (a + 3) * d**2 + 1
+    return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
 
 
 def bicubic_up_1d(source: int, target: int) -> np.ndarray:
@@ -27,9 +29,9 @@ def bicubic_up_1d(source: int, target: int) -> np.ndarray:
         return np.eye(source)
     for row in range(target):
         centre = (row + 0.5) * source / target - 0.5
-        base = int(np.floor(centre))
+        base = math.floor(centre)
         for tap in range(base - 1, base + 3):
-            matrix[row, min(max(tap, 0), source - 1)] += _cubic(np.float64(centre - tap))
+            matrix[row, min(max(tap, 0), source - 1)] += _cubic(centre - tap)
     return matrix
 
 

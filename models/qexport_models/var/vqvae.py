@@ -6,6 +6,8 @@ Legend: B batch, C channels, H W map sides, S scales, L tokens of all scales, Z 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,7 +100,13 @@ class Mid(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where `attention`, then a resample if any."""
+    """The residual blocks of one resolution, each followed by attention where `attention`.
+
+    The encoder or decoder adds the resample, under the name that the published files have.
+    """
+
+    downsample: Downsample
+    upsample: Upsample
 
     def __init__(self, channels: list[int], attention: bool) -> None:
         super().__init__()
@@ -137,7 +145,7 @@ class Encoder(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """See class."""
         h = self.conv_in(x_BCHW)
-        for i, level in enumerate(self.down):
+        for i, level in enumerate(cast(list[Level], list(self.down))):
             h = level(h)
             if i != len(self.down) - 1:
                 h = level.downsample(h)
@@ -168,10 +176,10 @@ class Decoder(nn.Module):
     def forward(self, x_BZHW: Tensor) -> Tensor:
         """See class."""
         h = self.mid(self.conv_in(x_BZHW))
-        for i in reversed(range(len(self.up))):
-            h = self.up[i](h)
+        for i, level in reversed(list(enumerate(cast(list[Level], list(self.up))))):
+            h = level(h)
             if i != 0:
-                h = self.up[i].upsample(h)
+                h = level.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 

@@ -32,7 +32,9 @@ class AttachWeights(ir.passes.InPlacePass):
         ValueError: a parameter without a place in the weight file, or a quantised one that no MatMul consumes.
     """
 
-    def __init__(self, refs: Mapping[str, WeightRef], quantized: Mapping[str, TensorSpec], location: str, folder: Path) -> None:
+    def __init__(
+        self, refs: Mapping[str, WeightRef], quantized: Mapping[str, TensorSpec], location: str, folder: Path
+    ) -> None:
         super().__init__()
         self.refs, self.quantized, self.location, self.folder = refs, quantized, location, folder
 
@@ -83,9 +85,22 @@ class AttachWeights(ir.passes.InPlacePass):
     def _point(self, value: ir.Value, ref: WeightRef) -> None:
         dtype = ir.DataType[ONNX_NAMES[ref.dtype]]
         value.const_value = ir.ExternalTensor(
-            self.location, ref.offset, ref.nbytes, dtype, name=value.name or "", shape=ir.Shape(ref.shape), base_dir=self.folder
+            self.location,
+            ref.offset,
+            ref.nbytes,
+            dtype,
+            name=value.name or "",
+            shape=ir.Shape(ref.shape),
+            base_dir=self.folder,
         )
         value.dtype, value.shape = dtype, ir.Shape(ref.shape)
 
 
-ONNX_NAMES = {"float32": "FLOAT", "float16": "FLOAT16", "int64": "INT64", "int8": "INT8", "int4": "INT4", "int2": "INT2"}
+ONNX_NAMES = {
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "int64": "INT64",
+    "int8": "INT8",
+    "int4": "INT4",
+    "int2": "INT2",
+}

@@ -32,7 +32,9 @@ class LinearForm(ir.passes.InPlacePass):
             if len(uses) != 1:
                 continue
             node, index = next(iter(uses))
-            if node.op_type == "Transpose" and all(use.node.op_type == "MatMul" and use.idx == 1 for use in node.outputs[0].uses()):
+            if node.op_type == "Transpose" and all(
+                use.node.op_type == "MatMul" and use.idx == 1 for use in node.outputs[0].uses()
+            ):
                 ir.convenience.replace_all_uses_with(node.outputs[0], weight)
                 model.graph.remove(node, safe=True)
             elif node.op_type == "Gemm" and index == 1 and _is_plain_gemm(node):
@@ -65,7 +67,7 @@ def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> None:
         nodes.append(ir.node("Add", [matmul.outputs[0], bias]))
     for node in nodes:
         node.metadata_props.update(gemm.metadata_props)
-        node.outputs[0].dtype = out.dtype
+        node.outputs[0].type = None if out.dtype is None else ir.TensorType(out.dtype)
     graph.insert_before(gemm, nodes)
     ir.convenience.replace_all_uses_with(out, nodes[-1].outputs[0], replace_graph_outputs=True)
     graph.remove(gemm, safe=True)
