@@ -15,13 +15,13 @@ class Decode(nn.Module):
 
     def __init__(self, vq: VQ, side: int) -> None:
         super().__init__()
-        self.side = side
+        self.side, self.pixels = side, side * vq.config.downsample
         self.quantize = vq.quantize
         self.post_quant_conv, self.decoder = vq.post_quant_conv, vq.decoder
 
-    def forward(self, tokens_BN: Tensor) -> Tensor:
+    def forward(self, tokens_BN: Tensor) -> tuple[Tensor]:
         """See class."""
-        return ((self.raw(tokens_BN) + 1) * 0.5).clamp(0, 1)
+        return (((self.raw(tokens_BN) + 1) * 0.5).clamp(0, 1),)
 
     def raw(self, tokens_BN: Tensor) -> Tensor:
         """What the original's decoder returns: nominally in [−1, 1], not clamped."""

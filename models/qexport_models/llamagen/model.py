@@ -17,7 +17,10 @@ from qexport_models.llamagen.rope import rope_table, rotate
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + ε) · weight; the mean and the division are float32 whatever x is."""
+    """x / √(mean x² + ε) · weight; the mean and the division are float32 whatever x is.
+
+    Spelt as runtimes look for it: ONNX Runtime makes one kernel of Pow, ReduceMean, Add, Sqrt, Div and Mul.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -27,7 +30,7 @@ class RMSNorm(nn.Module):
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(…, C) → (…, C)."""
         x = x_BTC.float()
-        return (x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps)).to(x_BTC.dtype) * self.weight
+        return (x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)).to(x_BTC.dtype) * self.weight
 
 
 class Attention(nn.Module):
@@ -41,8 +44,11 @@ class Attention(nn.Module):
 
     def project(self, x_BTC: Tensor, rope_TP2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, turned, and values of the given tokens, each (B, H, T, D)."""
-        qkv = self.wqkv(x_BTC).unflatten(-1, (3, self.heads, self.head_width)).transpose(1, 3)
-        return rotate(qkv[:, :, 0], rope_TP2), rotate(qkv[:, :, 1], rope_TP2), qkv[:, :, 2]
+        qkv = self.wqkv(x_BTC).unflatten(-1, (3 * self.heads, self.head_width)).transpose(1, 2)
+        # Queries and keys turn alike, so they turn together: a step of one token is bound by the number of its kernels.
+        qk, v = qkv.split((2 * self.heads, self.heads), dim=1)
+        q, k = rotate(qk, rope_TP2).split(self.heads, dim=1)
+        return q, k, v
 
     def mix(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_TS: Tensor) -> Tensor:
         """Attend where the bool mask is true, and project back to (B, T, C)."""
@@ -73,6 +79,31 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(
+        self,
+        x_B1C: Tensor,
+        rope_P2: Tensor,
+        slot_BH1D: Tensor,
+        seen_1S: Tensor,
+        past_key_BHSD: Tensor,
+        past_value_BHSD: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One token through the block, its key and value written into their row of the caches.
+
+        Args:
+            x_B1C: the token of each row.
+            rope_P2: the row of the rotary table that belongs to its position.
+            slot_BH1D: its position, int64, the same number everywhere.
+            seen_1S: bool, true up to and including its position.
+            past_key_BHSD: keys so far; rows that are not seen do not count. past_value_BHSD: values so far.
+
+        Returns:
+            The block's output (B, 1, C), keys and values.
+        """
+        q, k, v = self.project(x_B1C, rope_P2)
+        keys, values = past_key_BHSD.scatter(2, slot_BH1D, k), past_value_BHSD.scatter(2, slot_BH1D, v)
+        return self.finish(x_B1C, q, keys, values, seen_1S), keys, values
 
     def project(self, x_BTC: Tensor, rope_TP2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the normalised input."""
