@@ -1,0 +1,99 @@
+"""`qexport verify`: prove that a bundle computes what the model computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qexport.errors import CheckFailedError, InputError
+from qexport_cli.files import replacing
+from qexport_cli.options import CheckpointOption, JsonOption, ProviderOption, VaeCheckpointOption
+from qexport_cli.progress import work
+from qexport_cli.render import print_json
+
+
+def verify(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="[BUNDLE]", help="A bundle; the newest under ./qexport-out if left out.")
+    ] = None,
+    provider: ProviderOption = "auto",
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Trajectories that are compared step by step.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the trajectories.")] = 0,
+    every: Annotated[int, typer.Option(min=1, metavar="N", help="Compare every n-th step only.")] = 1,
+    images: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Real images for the quality figures, not the model's own.")
+    ] = None,
+    quality: Annotated[bool, typer.Option("--quality", help="Also the Fréchet distance of generated images.")] = False,
+    fd_images: Annotated[int, typer.Option(min=2, metavar="N", help="Images that --quality draws.")] = 1000,
+    max_kl: Annotated[float | None, typer.Option(min=0, metavar="X", help="Fail above this KL divergence.")] = None,
+    max_fd: Annotated[float | None, typer.Option(min=0, metavar="X", help="Fail above this Fréchet distance.")] = None,
+    checkpoint: CheckpointOption = None,
+    vae_checkpoint: VaeCheckpointOption = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the HTML report here too, not only in reports/."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Prove that a bundle computes what the model computed.
+
+    Exits with 1 if a limit is breached, and says which, where, and by how much.
+    """
+    from qexport.bundle import Bundle
+
+    path = bundle if bundle is not None else Bundle.newest()
+    if html is not None and not html.absolute().parent.is_dir():
+        raise InputError(f"--html {html}: there is no folder {html.parent}")
+
+    with work() as progress:
+        from qexport.verify.ladder import verify as run
+
+        report = run(
+            path,
+            provider=provider,
+            samples=samples,
+            batch=batch,
+            seed=seed,
+            images=images,
+            every=every,
+            quality=quality,
+            fd_images=fd_images,
+            max_kl=max_kl,
+            max_fd=max_fd,
+            checkpoint=checkpoint,
+            vae_checkpoint=vae_checkpoint,
+            progress=progress,
+        )
+    data: dict[str, Any] = report.to_json()
+    if html is not None:
+        from qexport.verify.report_html import render
+
+        with replacing(html) as partial:
+            partial.write_text(render(report), encoding="utf-8")
+    if json:
+        print_json(data)
+    else:
+        from qexport_cli.verify_tables import show
+
+        show(data, path)
+    if not report.passed:
+        raise CheckFailedError(f"{path}: {breach(data)}")
+
+
+def breach(data: Mapping[str, Any]) -> str:
+    """One line for the first check that failed: where, which figure, which limit."""
+    failed = [check for check in data.get("checks", ()) if check.get("passed") is False]
+    if not failed:
+        return "a check failed"
+    first = failed[0]
+    place = "".join(f", {key} {first[key]}" for key in ("graph", "node") if first.get(key))
+    unit = f" {first['unit']}" if first.get("unit") else ""
+    value = first.get("value")
+    measured = "" if value is None else f" is {value:.3g}{unit}, the limit is {first['limit']:g}"
+    detail = f": {first['detail']}" if first.get("detail") else ""
+    more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    return f"{first['name']}{place}{measured}{detail}{more}"

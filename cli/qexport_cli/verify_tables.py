@@ -1,0 +1,100 @@
+"""What `qexport verify` prints, from the same data as `--json`. What a report lacks is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qexport_cli.render import Column, figure, print_facts, print_line, print_table, size
+
+CHECK_COLUMNS = (
+    Column("check", shorten=True),
+    Column("value", right=True),
+    Column("limit", right=True),
+    Column(""),
+    Column("where", wide_only=True, shorten=True),
+)
+SPEED_COLUMNS = (
+    Column("batch", right=True),
+    Column("median ms", right=True),
+    Column("fastest", right=True),
+    Column("slowest", right=True),
+    Column("ms per image", right=True),
+    Column("of which", fold=True),
+)
+BATCH_PREFIX = "batch_"
+
+
+def show(data: Mapping[str, Any], path: Path) -> None:
+    """Print what was checked and skipped, then quality, placement and speed, then the verdict."""
+    checks = data.get("checks", ())
+    rows = [(c["name"], _number(c.get("value")), _number(c.get("limit")), c["passed"], c.get("where")) for c in checks]
+    print_table(CHECK_COLUMNS, [(*row[:4], row[4] or None) for row in rows])
+    facts = {
+        **dict(_quality(data.get("quality") or {})),
+        **dict(_placement(data.get("placement") or {})),
+        "bits per weight": _number(data.get("bits_per_weight")),
+        "size": size(data.get("size_bytes")),
+        "peak memory": size(data.get("peak_memory_bytes")),
+    }
+    print_line()
+    print_facts({name: value for name, value in facts.items() if value is not None})
+    speed = list(_speed(data.get("latency_ms") or {}))
+    if speed:
+        print_line()
+        print_table(SPEED_COLUMNS, speed)
+    print_line()
+    for rung in data.get("skipped", ()):
+        print_line(f"skipped: {rung['name']}: {rung['reason']}")
+    report = path / "reports" / "verify.html"
+    if report.is_file():
+        print_line(f"report: {report}")
+    held = sum(bool(check["passed"]) for check in checks)
+    print_line(f"{path}: {'passed' if data.get('passed') else 'FAILED'}, {held} of {len(checks)} checks hold")
+
+
+def _quality(quality: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Single figures on one line, then what they were measured on, then the Fréchet distance."""
+    figures = [
+        f"{name} {_number(value)}" for name, value in quality.items() if isinstance(value, float) and name != "seed"
+    ]
+    if figures:
+        yield "quality", ", ".join(figures)
+        seed = "" if quality.get("seed") is None else f", seed {quality['seed']}"
+        yield "measured on", f"{quality.get('source', '?')}{seed}"
+    fd = quality.get("fd")
+    if isinstance(fd, Mapping):
+        low, high = fd["ci95"]
+        yield "FD", f"{fd['value']:.4g} (95 %: {low:.4g} … {high:.4g}) of {fd['n']} images, {fd['name']}"
+
+
+def _placement(placement: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Per graph: what the quantised layers became, and where its nodes ran, as the player runs it."""
+    for name, graph in (placement.get("serve") or {}).items():
+        forms = ", ".join(f"{form}×{count}" for form, count in graph.get("forms", {}).items())
+        nodes = ", ".join(f"{provider} {count}" for provider, count in graph.get("nodes", {}).items())
+        yield f"graph {name}", "; ".join(filter(None, (forms, f"nodes: {nodes}")))
+    if placement.get("cuda"):
+        yield "CUDA", str(placement["cuda"])
+
+
+def _speed(latency: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
+    for name, parts in latency.items():
+        count = name.removeprefix(BATCH_PREFIX)
+        if name == count or not count.isdecimal() or "total" not in parts:
+            continue
+        total = parts["total"]
+        graphs = ", ".join(f"{graph} {_number(part['median'])}" for graph, part in parts.items() if graph != "total")
+        yield (
+            count,
+            *(_number(total[key]) for key in ("median", "min", "max")),
+            _number(total["median"] / int(count)),
+            graphs or None,
+        )
+
+
+def _number(value: object) -> str | None:
+    if value is None:
+        return None
+    return figure(value, 3) if isinstance(value, float) else str(value)
