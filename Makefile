@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 install: $(STAMP)  ## Build .venv with qexport, what it needs for export, and the developer tools.
 
 demo: $(STAMP)  ## Quantise a small VAR to 4 bits, verify the bundle, draw pictures with it.
-	$(BIN)/qexport quantize --model $(MODEL) --wbits 4
+	$(BIN)/qexport quantize --model $(MODEL) --wbits 4 --overwrite
 	$(BIN)/qexport verify $(BUNDLE)
 	$(BIN)/qexport generate $(BUNDLE) --classes 0,1,2,3,4,5,6,7,8,9 --n 20 --out $(PICTURES)
 	@echo "Look at $(PICTURES)"

@@ -42,6 +42,7 @@ MIN_TEMPERATURE = 1e-5
 _Compare = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+@torch.compiler.assume_constant_result
 def block_size(vocab_size: int) -> int:
     """The divisor M of `vocab_size` nearest to its square root, the larger of two equally near ones.
 

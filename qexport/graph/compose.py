@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from qexport.family import GraphSpec, Part, Port
-from qexport.graph.scopes import SCOPES_KEY
+from qexport.graph.scopes import scopes_of, set_scopes
 
 IR_VERSION = 11
 """The first that knows opset 23; what onnx itself pairs with it."""
@@ -105,7 +104,7 @@ def _value_like(original: ir.Value, name: str) -> ir.Value:
 
 
 def _copy_node(node: ir.Node, values: dict[int, ir.Value], prefix: str) -> ir.Node:
-    """A copy that reads and makes the values of one copy of a part; shapes are dropped, they carry the tracer's symbols."""
+    """A copy that reads and makes the values of one copy of a part; shapes carry the tracer's symbols and go."""
     outputs = [ir.Value(type=_own_type(output)) for output in node.outputs]
     values |= {id(old): new for old, new in zip(node.outputs, outputs, strict=True)}
     copied = ir.Node(
@@ -116,9 +115,7 @@ def _copy_node(node: ir.Node, values: dict[int, ir.Value], prefix: str) -> ir.No
         outputs=outputs,
         version=node.version,
     )
-    scopes = node.metadata_props.get(SCOPES_KEY)
+    scopes = scopes_of(node)
     if scopes:
-        copied.metadata_props[SCOPES_KEY] = str(
-            [prefix + scope if scope else prefix.rstrip(".") for scope in ast.literal_eval(scopes)]
-        )
+        set_scopes(copied, [prefix + scope if scope else prefix.rstrip(".") for scope in scopes])
     return copied

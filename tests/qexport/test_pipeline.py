@@ -19,9 +19,9 @@ MODEL = "var-c10-d2"
 BLOCK_WEIGHTS = 2 * (128 * 384 + 128 * 128 + 2 * 128 * 512 + 128 * 768)
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Bundle:
-    return quantize(MODEL, scheme=preset(4), out=tmp_path_factory.mktemp("pipeline") / "w4")
+@pytest.fixture
+def bundle(w4_bundle) -> Bundle:
+    return w4_bundle
 
 
 def graph(bundle: Bundle, name: str) -> onnx.ModelProto:

@@ -9,13 +9,11 @@ Needs: metadata of `torch.onnx.export`. Leaves true: names are unique, ports and
 
 from __future__ import annotations
 
-import ast
 from collections import Counter
 
 import onnx_ir as ir
 
-from qexport.graph.scopes import SCOPES_KEY
-
+from qexport.graph.scopes import scopes_of
 
 WEIGHT_SUFFIX = ".weight"
 
@@ -49,10 +47,5 @@ def _wanted_name(node: ir.Node) -> str:
     for value in node.inputs[1:2]:
         if node.op_type in ("MatMul", "Conv") and value is not None and value.is_initializer() and value.name:
             return value.name.removesuffix(WEIGHT_SUFFIX)
-    scopes = [scope for scope in _scopes(node)[:-1] if scope]
+    scopes = [scope for scope in scopes_of(node)[:-1] if scope]
     return f"{scopes[-1]}/{node.op_type}" if scopes else node.op_type
-
-
-def _scopes(node: ir.Node) -> list[str]:
-    text = node.metadata_props.get(SCOPES_KEY)
-    return list(ast.literal_eval(text)) if text else []
