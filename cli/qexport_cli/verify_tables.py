@@ -73,8 +73,9 @@ def _placement(placement: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Per graph: what the quantised layers became, and where its nodes ran, as the player runs it."""
     for name, graph in (placement.get("serve") or {}).items():
         forms = ", ".join(f"{form}×{count}" for form, count in graph.get("forms", {}).items())
-        nodes = ", ".join(f"{provider} {count}" for provider, count in graph.get("nodes", {}).items())
-        yield f"graph {name}", "; ".join(filter(None, (forms, f"nodes: {nodes}")))
+        nodes = graph.get("nodes", {})
+        ran = ", ".join(f"{count} nodes on {name.removesuffix('ExecutionProvider')}" for name, count in nodes.items())
+        yield f"graph {name}", "; ".join(filter(None, (forms, ran)))
     if placement.get("cuda"):
         yield "CUDA", str(placement["cuda"])
 

@@ -3,8 +3,8 @@
 A weight-only matrix, ``MatMul(x, DequantizeLinear(W, scale))``, is fused to MatMulNBits by the CPU and the CUDA
 provider alike if W is a constant [K, N] of 2, 4 or 8 bits on the second input, with blocks along K of a power of two
 from 16 to 256, or a scale per column, or one scale; and if nothing else reads the result. `Gemm` counts as `MatMul`
-unless it has transB=1. `tests/cli/test_fusion.py` holds these rules against ONNX Runtime's CPU provider. What is not
-fused dequantises its weight at every run, which costs more than an fp32 matrix would.
+unless it has transB=1. `tests/cli/test_cli_fusion.py` holds these rules against ONNX Runtime's CPU provider. What does
+not fuse dequantises its weight at every run, which costs more than an fp32 matrix would.
 
 With quantised activations, the CPU fuses int8 to MatMulIntegerToFloat and CUDA fuses nothing (`targets.ort_cuda`).
 """
