@@ -8,11 +8,12 @@ with logits l′, of which is known that |l′ − l| ≤ δ.
 Bounds. Let ε = δ / temperature + 2 · 2⁻²⁴ · max|x|: the second term covers both sides' division in float32 and the
 subtraction of the maximum. Then for the other side:
 
-- Order statistics move by at most the greatest change of any entry. The k-th greatest x′ lies within ± ε of x₍ₖ₎, so
-  every v with x_v ≥ x₍ₖ₎ + 2ε is kept for certain and every v with x_v < x₍ₖ₎ − 2ε is removed for certain.
+- Order statistics move by at most the greatest change of any entry, so x′₍ₖ₎, the k-th greatest, lies within ± ε of
+  x₍ₖ₎. Every v with x_v < x₍ₖ₎ − 2ε is removed for certain. One of the k best can only be displaced by an entry beyond
+  them, so every v with x_v > x₍ₖ₊₁₎ + 2ε is kept for certain.
 - The mass of the j best among the k best, P_j of P_j + R_j, changes by factors within e^±ε in P_j and in R_j. The share
   thus lies in [P e^−ε / (P e^−ε + R e^ε), P e^ε / (P e^ε + R e^−ε)], widened by the summation allowance s. The first
-  and the last rank at which it can reach top_p bound the threshold as above, again with 2ε.
+  and the last rank at which it can reach top_p take the place of k in these bounds.
 - So the kept set K′ satisfies K_min ⊆ K′ ⊆ K_max. With A(t) the mass of K up to t and B(t) the mass after it, the share
   F′(t) = A′/(A′ + B′) grows with A′ and falls with B′, so it lies between
   A_min e^−ε / (A_min e^−ε + B_max e^ε) and A_max e^ε / (A_max e^ε + B_min e^−ε).
@@ -104,9 +105,8 @@ def _judge(logits_RV: Float64, u_R: Float64, t_R: np.ndarray, sampling: Sampling
     allowance = summation_allowance(x_RV.shape[1])
     high_R1, low_R1 = _thresholds(x_RV, sampling, epsilon_R1, allowance)
     w_RV = np.exp(x_RV - x_RV.max(-1, keepdims=True))
-    surely_RV, maybe_RV = x_RV >= high_R1, x_RV >= low_R1
-    # An empty least set cannot be: the best token always stays.
-    surely_RV |= x_RV == x_RV.max(-1, keepdims=True)
+    surely_RV, maybe_RV = x_RV > high_R1, x_RV >= low_R1
+    surely_RV |= x_RV == x_RV.max(-1, keepdims=True)  # the best always stays
 
     rows = np.arange(len(x_RV))
     upto_RV = np.arange(x_RV.shape[1]) <= t_R[:, None]
@@ -123,28 +123,24 @@ def _judge(logits_RV: Float64, u_R: Float64, t_R: np.ndarray, sampling: Sampling
 
 
 def _thresholds(x_RV: Float64, sampling: Sampling, epsilon_R1: Float64, allowance: float) -> tuple[Float64, Float64]:
-    """The greatest and the least value that the smallest kept x may have, each widened by 2ε."""
+    """What x must exceed to be kept for certain, and reach to be kept at all, (R, 1) each."""
     vocab_size = x_RV.shape[1]
     nucleus = 0 < sampling.top_p < 1
-    if sampling.top_k <= 0 and not nucleus:
-        nowhere = np.full((len(x_RV), 1), -np.inf)
-        return nowhere, nowhere
     k = vocab_size if sampling.top_k <= 0 else min(sampling.top_k, vocab_size)
-    if not nucleus:
-        kth_R1 = np.partition(x_RV, vocab_size - k, axis=-1)[:, vocab_size - k, None]
-        return kth_R1 + 2 * epsilon_R1, kth_R1 - 2 * epsilon_R1
-    best_RK = -np.sort(-x_RV, axis=-1)[:, :k]
-    w_RK = np.exp(best_RK - best_RK[:, :1])
-    running_RK = np.cumsum(w_RK, axis=-1)
-    rest_RK = np.maximum(running_RK[:, -1:] - running_RK, 0.0)
-    least_share = _share(running_RK, rest_RK, -epsilon_R1) - allowance
-    most_share = _share(running_RK, rest_RK, epsilon_R1) + allowance
-    first_R1 = (most_share >= sampling.top_p).argmax(-1)[:, None]
-    reached_RK = least_share >= sampling.top_p
-    last_R1 = np.where(reached_RK.any(-1), reached_RK.argmax(-1), k - 1)[:, None]
-    high_R1 = np.take_along_axis(best_RK, first_R1, axis=-1) + 2 * epsilon_R1
-    low_R1 = np.take_along_axis(best_RK, last_R1, axis=-1) - 2 * epsilon_R1
-    return high_R1, low_R1
+    descending_RV = -np.sort(-x_RV, axis=-1)
+    first_R1 = last_R1 = np.full((len(x_RV), 1), k - 1)
+    if nucleus:
+        best_RK = descending_RV[:, :k]
+        running_RK = np.cumsum(np.exp(best_RK - best_RK[:, :1]), axis=-1)
+        rest_RK = np.maximum(running_RK[:, -1:] - running_RK, 0.0)
+        least_RK = _share(running_RK, rest_RK, -epsilon_R1) - allowance
+        most_RK = _share(running_RK, rest_RK, epsilon_R1) + allowance
+        reached_RK = least_RK >= sampling.top_p
+        first_R1 = (most_RK >= sampling.top_p).argmax(-1)[:, None]
+        last_R1 = np.where(reached_RK.any(-1), reached_RK.argmax(-1), k - 1)[:, None]
+    lowest = np.full((len(x_RV), 1), -np.inf)  # beyond the last there is nothing that could displace it
+    beyond_R1 = np.take_along_axis(np.concatenate((descending_RV, lowest), axis=1), first_R1 + 1, axis=-1)
+    return beyond_R1 + 2 * epsilon_R1, np.take_along_axis(descending_RV, last_R1, axis=-1) - 2 * epsilon_R1
 
 
 def _share(part: Float64, rest: Float64, epsilon: Float64) -> Float64:

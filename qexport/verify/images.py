@@ -101,14 +101,14 @@ def _folder(root: Path) -> ImageSet:
 
 def _npz(path: Path) -> ImageSet:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise InputError(f"{path}: a single array; an .npz with images and labels is needed")
+        with file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise InputError(
-            f"{path}: cannot be read as .npz ({type(error).__name__}); give an .npz or a folder"
-        ) from error
-    except AttributeError:  # a plain .npy gives an array, which is no context manager
-        raise InputError(f"{path}: a single array; an .npz with images and labels is needed") from None
+        kind = type(error).__name__
+        raise InputError(f"{path}: cannot be read as .npz ({kind}); give an .npz or a folder") from error
     if {"images", "labels"} <= set(arrays):
         images = arrays["images"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(arrays["labels"]):

@@ -38,6 +38,7 @@ def verify(
     max_fd: float | None = None,
     checkpoint: str | None = None,
     vae_checkpoint: str | None = None,
+    speed: bool = True,
     reports: bool = True,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -58,6 +59,7 @@ def verify(
         max_fd: fail above this Fréchet distance; implies `quality`. None only reports it.
         checkpoint: file of the generator's weights, where it is neither bundled nor downloaded.
         vae_checkpoint: file of the decoder's weights.
+        speed: also measure latency.
         reports: write ``verify.json`` and ``verify.html`` into the bundle's ``reports/``.
         progress: told how far it is.
 
@@ -87,7 +89,8 @@ def verify(
     ladder.quality(models, given, max_kl)
     if quality or max_fd is not None:
         ladder.frechet(models, fd_images, max_fd)
-    ladder.speed()
+    if speed:
+        ladder.speed()
     if reports:
         tell("report", 0, 1)
         ladder.pictures(models)

@@ -111,7 +111,8 @@ class OnnxFile:
         elif scale.ndim == 1:
             scale = scale.reshape([-1 if i == axis % codes.ndim else 1 for i in range(codes.ndim)])
         try:
-            return Dequantized(node.name, weight, codes * scale)
+            with np.errstate(all="ignore"):  # bytes of something else may be any number
+                return Dequantized(node.name, weight, codes * scale)
         except ValueError:
             raise BundleError(f"{where}: scales {scale.shape} do not fit the weight {codes.shape}") from None
 

@@ -48,10 +48,10 @@ def _tiles(data: Mapping[str, Any]) -> str:
     quality, totals, draws = data["quality"], data["totals"], data["trajectories"].get("draws")
     tiles = [("bits per quantised weight", _number(data["bits_per_weight"]), "scales included")]
     if data["size_bytes"]:
-        share = totals.get("share_of_fp16_all")
-        tiles.append(
-            ("bundle", f"{data['size_bytes'] / _MIB:.2f} MiB", f"weights {share:.0%} of fp16" if share else "")
-        )
+        all_of_it, quantised = totals.get("share_of_fp16_all"), totals.get("share_of_fp16_quantized")
+        note = f"weights {all_of_it:.0%} of fp16" if all_of_it else ""
+        note += f", quantised ones {quantised:.0%}" if quantised else ""
+        tiles.append(("bundle", f"{data['size_bytes'] / _MIB:.2f} MiB", note))
     if "kl" in quality:
         tiles.append(("KL(fp‖quantised)", _number(quality["kl"]), f"nats per token, {quality['n']} samples"))
         tiles.append(
@@ -120,7 +120,9 @@ def _plots(data: Mapping[str, Any]) -> str:
     scales = data["quality"].get("per_scale", {})
     if scales:
         plots.append(("KL(fp‖quantised) by scale, nats", bar_plot(scales["kl"], "KL, nats", COLOURS[0])))
-        plots.append(("Top-1 agreement by scale", bar_plot(scales["top1_agreement"], "share", COLOURS[1], 1.08)))
+        for number, name in enumerate(("top1_agreement", "top900_agreement"), start=1):
+            title = f"{name.removesuffix('_agreement').capitalize()} agreement by scale"
+            plots.append((title, bar_plot(scales[name], "share", COLOURS[number], 1.08)))
     if not plots:
         return ""
     figures = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in plots)

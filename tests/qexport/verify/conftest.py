@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+
 from qexport.bundle import Manifest
 from qexport.bundle.manifest import FileEntry
 from qexport.family import Generator, find_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from qexport.verify.draws import Sampling, can_be_drawn, summation_allowance
 
 P = np.array([0.1, 0.2, 0.3, 0.4])

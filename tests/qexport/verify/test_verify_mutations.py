@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+
 from qexport.family import Generator
 from qexport.verify import Check, VerifyReport, verify
 
@@ -100,9 +101,7 @@ def test_layer_that_multiplies_by_another_layers_weight(
     assert "another layer" in check.detail
 
 
-def test_graph_of_another_model(
-    bundle_copy: Path, other_bundle: Path, generator: Generator, sign_again: Sign
-) -> None:
+def test_graph_of_another_model(bundle_copy: Path, other_bundle: Path, generator: Generator, sign_again: Sign) -> None:
     (bundle_copy / "step.onnx").write_bytes((other_bundle / "step.onnx").read_bytes())
     sign_again(bundle_copy)
     report = run(bundle_copy, generator)

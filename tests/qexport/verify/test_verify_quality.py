@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from qexport.errors import InputError
 from qexport.family import Generator
 from qexport.numerics.metrics import relative_l2

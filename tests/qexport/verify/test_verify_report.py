@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+
 from qexport.errors import InputError
 from qexport.family import Generator
 from qexport.verify import verify
@@ -19,7 +20,9 @@ FIELDS = ("passed", "checks", "quality", "bits_per_weight", "size_bytes", "place
 @pytest.fixture(scope="module")
 def reported(sound_bundle: Path, generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = Path(shutil.copytree(sound_bundle, tmp_path_factory.mktemp("reported") / "copy"))
-    report = verify(root, generator=generator, provider="cpu", samples=4, batch=4, quality=True, fd_images=8, max_kl=1.0)
+    report = verify(
+        root, generator=generator, provider="cpu", samples=4, batch=4, quality=True, fd_images=8, max_kl=1.0
+    )
     assert report.passed
     return root
 
