@@ -1,28 +1,26 @@
-"""Where checkpoint files are, and how one is read.
+"""Where the checkpoint files of a model lie; how one is read is `qexport.checkpoint`.
 
 A file is looked for in this order: the path the user gives, the package (the small reference models are bundled), the
-checkpoint folder: ``$QEXPORT_CHECKPOINTS``, or ``~/.cache/qexport/checkpoints``.
+checkpoint folder (``$QEXPORT_CHECKPOINTS``, or ``~/.cache/qexport/checkpoints``), the Hugging Face Hub.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from qexport.checkpoint import Role, companion, find_weights, open_checkpoint, sha256
 from qexport.errors import CheckpointError
 from qexport.family import ModelEntry
+from qexport_models.published import PUBLISHED, NotFetchedError, check_hash, fetch
+
+__all__ = ["checkpoint_folder", "companion", "locate", "read_state", "sha256"]
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 FOLDER_VARIABLE = "QEXPORT_CHECKPOINTS"
-_CHUNK_BYTES = 1 << 22
+VAE_OPTION = "--vae-checkpoint"
 
 
 def checkpoint_folder() -> Path:
@@ -33,50 +31,39 @@ def checkpoint_folder() -> Path:
 def locate(entry: ModelEntry, file: str, given: str | None, option: str) -> Path:
     """The path of `file`, one of `entry.files`; `given` is what the user passed to `option`.
 
+    What is given may be a folder (diffusers) or an index of shards; the path returned is a weight file or an index. A
+    published file that is not here is fetched, and its hash is checked as far as one is known.
+
     Raises:
         CheckpointError: no such file; says what to put where.
     """
     if given is not None:
-        path = Path(given)
-        if not path.is_file():
-            kind = "is a folder, not a file" if path.is_dir() else "does not exist"
-            raise CheckpointError(f"{option} {given}: {kind}")
-        return path
+        try:
+            return find_weights(given, "vae" if option == VAE_OPTION else "model")
+        except CheckpointError as error:
+            raise CheckpointError(f"{option} {error}") from error
     if entry.bundled:
         return BUNDLED / file
     path = checkpoint_folder() / file
-    if not path.is_file():
+    if path.is_file():
+        check_hash(file, path, sha256)
+        return path
+    try:
+        found = find_weights(fetch(file))
+        check_hash(file, found, sha256)
+        return found
+    except NotFetchedError as error:
+        where = PUBLISHED[file].url if file in PUBLISHED else entry.source
         raise CheckpointError(
-            f"{entry.name} needs {file} ({entry.source}, licence {entry.licence}): put it at {path}, "
-            f"or pass {option} FILE"
-        )
-    return path
+            f"{entry.name} needs {file} ({where}, licence {entry.licence}): put it at {path}, "
+            f"or pass {option} FILE ({error})"
+        ) from error
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file, on the CPU; nothing in the file is executed.
+def read_state(path: Path, role: Role = "model") -> dict[str, Tensor]:
+    """The tensors of a checkpoint, flat, on the CPU, views of the file; nothing in the file is executed.
 
     Raises:
-        CheckpointError: the file is not readable as either, or is not a flat mapping of names to tensors, or a tensor
-            holds NaN or Inf where a weight should be.
+        CheckpointError: see `qexport.checkpoint.open_checkpoint`.
     """
-    try:
-        if path.suffix == ".safetensors":
-            state: object = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or ["unreadable"])[0]
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason[:160]})") from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path}: is not a flat mapping from names to tensors")
-    return {str(name): tensor for name, tensor in state.items()}
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return dict(open_checkpoint(path, role).state)

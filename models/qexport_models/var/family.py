@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from qexport.family import DrawSpec, Family, Generator, ModelEntry
-from qexport_models.checkpoints import locate, read_state, sha256
+from qexport.family import DrawSpec, Family, Generator, ModelEntry, random_entry
+from qexport_models.checkpoints import VAE_OPTION, companion, locate, read_state, sha256
 from qexport_models.featurenet import Cifar10Features
+from qexport_models.published import with_commits
+from qexport_models.random_weights import Fan, Normal, Rules, build_random
+from qexport_models.recognise import recognise_var
 from qexport_models.strict_load import build_strict
 from qexport_models.var.config import VARConfig, VQVAEConfig
 from qexport_models.var.graphs import Decode, Step
@@ -49,19 +53,43 @@ class VARQuality:
 
 
 def load(entry: ModelEntry, checkpoint: str | None, vae_checkpoint: str | None) -> Generator:
-    """Build one of `ENTRIES` from its files.
+    """Build one of `ENTRIES` from its files; a `checkpoint` of VAR's trainer holds its VQVAE too.
 
     Raises:
         CheckpointError: a file is missing, unreadable, or of another architecture.
     """
     config, vae_config = entry.config["var"], entry.config["vae"]
-    paths = {
-        "model": locate(entry, entry.files[0], checkpoint, "--checkpoint"),
-        "vae": locate(entry, entry.files[1], vae_checkpoint, "--vae-checkpoint"),
-    }
-    var = build_strict(lambda: VAR(config), read_state(paths["model"]), f"{entry.name} ({paths['model'].name})")
-    vae = build_strict(lambda: VQVAE(vae_config), read_state(paths["vae"]), f"its VQVAE ({paths['vae'].name})")
-    return assemble(entry, var, vae, {role: sha256(path) for role, path in paths.items()})
+    path = locate(entry, entry.files[0], checkpoint, "--checkpoint")
+    vae_path = locate(entry, entry.files[1], vae_checkpoint or companion(checkpoint), VAE_OPTION)
+    var = build_strict(lambda: VAR(config), read_state(path), f"{entry.name} ({path.name})")
+    vae = build_strict(lambda: VQVAE(vae_config), read_state(vae_path, "vae"), f"its VQVAE ({vae_path.name})")
+    paths = {"model": path, "vae": vae_path}
+    return assemble(with_commits(entry, paths), var, vae, {role: sha256(path) for role, path in paths.items()})
+
+
+RANDOM_VAR: Rules = (
+    (r"scale_mul_1H11$", Normal(0.2, math.log(4.0))),
+    (r"(pos_start|pos_1LC)$", Normal(0.3)),
+    (r"(lvl_embed|class_emb)\.weight$", Normal(0.5)),
+    (r"ada_gss$", Normal(0.3)),
+    (r"shared_ada_lin\.1\.weight$", Fan(1.0)),
+    (r"ada_lin\.1\.weight$", Fan(1.5)),
+    (r"head\.weight$", Fan(2.0)),
+)
+"""Gates of some tenths, so that every block counts, and logits that spread by about 2, as trained ones do."""
+
+RANDOM_VAE: Rules = (
+    (r"quantize\.embedding\.weight$", Normal(1.0)),
+    (r"decoder\.conv_out\.weight$", Fan(0.35)),
+)
+"""Codes of unit variance, and pixels that mostly stay inside [−1, 1]."""
+
+
+def random(entry: ModelEntry, seed: int) -> Generator:
+    """One of `ENTRIES` in shape, filled with random numbers."""
+    var = build_random(lambda: VAR(entry.config["var"]), seed, "model.", RANDOM_VAR)
+    vae = build_random(lambda: VQVAE(entry.config["vae"]), seed, "vae.", RANDOM_VAE)
+    return assemble(random_entry(entry, seed), var, vae, {})
 
 
 def assemble(entry: ModelEntry, var: VAR, vae: VQVAE, hashes: dict[str, str]) -> Generator:
@@ -91,14 +119,20 @@ def _entry(depth: int, scales: tuple[int, ...], name: str, parameters: int) -> M
         depth=depth, width=64 * depth, heads=depth, num_classes=10 if reference else 1000,
         scales=scales, vocab_size=4096, z_channels=32, shared_aln=large,
     )  # fmt: skip
-    vae = VQVAEConfig(4096, 32, 64, (1, 2, 2), scales) if reference else VQVAEConfig(4096, 32, 160, (1, 1, 2, 2, 4), scales)
+    vae = (
+        VQVAEConfig(4096, 32, 64, (1, 2, 2), scales)
+        if reference
+        else VQVAEConfig(4096, 32, 160, (1, 1, 2, 2, 4), scales)
+    )
     return ModelEntry(
         name=name,
         family="var",
         image_size=scales[-1] * vae.downsample,
         num_classes=config.num_classes,
         parameters=parameters,
-        files=(f"{name}.safetensors", "vqvae-c10.safetensors") if reference else (f"var_d{depth}.pth", "vae_ch160v4096z32.pth"),
+        files=(f"{name}.safetensors", "vqvae-c10.safetensors")
+        if reference
+        else (f"var_d{depth}.pth", "vae_ch160v4096z32.pth"),
         source="trained for this project on CIFAR-10" if reference else "Hugging Face FoundationVision/var",
         licence="Apache-2.0" if reference else "MIT",
         bundled=reference,
@@ -117,4 +151,4 @@ ENTRIES = (
     _entry(36, SCALES_512, "var-d36-512", 2_353_893_904),
 )
 
-FAMILY = Family("var", ENTRIES, load)
+FAMILY = Family("var", ENTRIES, load, recognise=recognise_var, random=random)
