@@ -120,6 +120,45 @@ class LogitModel(Protocol):
         ...
 
 
+class DenoiserModel(Protocol):
+    """One evaluation of a denoiser, for quality figures of diffusion models; no guidance, no sampler."""
+
+    @property
+    def timesteps(self) -> int:
+        """Timesteps of training; t lies in 0 … timesteps − 1, the noisiest last."""
+        ...
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (n, 3, H, W) in [0, 1] → latents (n, C, h, w) as the denoiser sees them; nothing is drawn."""
+        ...
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Latents and standard normal noise (n, C, h, w), timesteps (n,) int64 → noisy latents (n, C, h, w)."""
+        ...
+
+    def denoise(self, noisy: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Noisy latents (n, C, h, w), timesteps and labels (n,) int64 → (n, ≥ C, h, w); the first C are the noise."""
+        ...
+
+    def graph_inputs(self, noisy: np.ndarray, t: int, labels: np.ndarray) -> Mapping[str, np.ndarray]:
+        """What to feed the denoising graph so that its output is that of `denoise`, all images at the same timestep."""
+        ...
+
+
+@dataclass(frozen=True)
+class DenoiseSpec:
+    """Where a graph denoises, and the model that it evaluates.
+
+    `state` (batch, C, h, w) is the output port with the next, less noisy latents; `output` (batch, ≥ C, h, w) the one
+    with the model's output, guided, its first C channels the noise.
+    """
+
+    graph: str
+    model: DenoiserModel
+    state: str = "next_x"
+    output: str = "output"
+
+
 class FeatureExtractor(Protocol):
     """The feature space in which the Fréchet distance of generated images is measured, and the real images in it."""
 
@@ -173,7 +212,8 @@ class Generator:
     """A model ready for quantisation: graphs, plan, and what may be quantised.
 
     `layers` maps a layer name (``blocks.3.ffn.fc2``) to (graph, initialiser name) for every matrix (out, in) that a
-    recipe may name; `default_layers` are the patterns that the presets quantise. `quality` answers teacher forcing.
+    recipe may name; `default_layers` are the patterns that the presets quantise. `quality` answers teacher forcing;
+    `denoise` does the same for a diffusion model, which draws no tokens.
     `features`, where there are any, measure generated images.
     `checkpoint_sha256` maps the role of each checkpoint file to its hash. `licence` is shown where weights are loaded.
     """
@@ -187,6 +227,7 @@ class Generator:
     quality: LogitModel | None
     tables: Mapping[str, np.ndarray]
     checkpoint_sha256: Mapping[str, str]
+    denoise: DenoiseSpec | None = None
     features: FeatureExtractor | None = None
 
     def graph(self, name: str) -> GraphSpec:

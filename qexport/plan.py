@@ -12,15 +12,20 @@ A port is fed from one *source*, written as text:
 - ``noise.NAME``     fresh random numbers, one of `Plan.noise`
 
 Values of ``const`` are numbers, or ``"table:NAME"`` for a tensor that lies in the weight file.
+
+A plan may offer *schedules*: tables of the same columns and another number of rows (a diffusion sampler in 50 steps, or
+in 25). The calls are written for one of them, the default; taking another replaces its table by the other's and repeats
+as often as that has rows. Nothing else changes, so a player that ignores schedules plays the default.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from qexport.errors import BundleError
+from qexport.errors import BundleError, InputError
+from qexport.suggest import nearest
 
 PLAN_VERSION = 1
 DTYPES = ("float32", "float16", "int64", "int32", "bool")
@@ -120,6 +125,9 @@ class Plan:
 
     `output` names the state that holds the answer after the last call. `dims` gives the sizes that symbolic dimensions
     of the initial states have (a KV cache starts with ``past = 0``); ``batch`` comes from the caller.
+
+    `schedules` maps the name of each schedule (``"ddim-25"``) to its table; `schedule` names the one that the calls are
+    written for, and is empty where there are none. See `with_schedule`.
     """
 
     inputs: tuple[Input, ...]
@@ -129,6 +137,8 @@ class Plan:
     output: str
     dims: Mapping[str, int] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
+    schedules: Mapping[str, str] = field(default_factory=dict)
+    schedule: str = ""
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
@@ -171,6 +181,52 @@ class Plan:
                 _require(name in known, f"port {port!r} of {call.graph!r} is fed from undeclared {source!r}")
             for port, name in call.outputs.items():
                 _require(name in declared["state"], f"port {port!r} of {call.graph!r} goes to undeclared {name!r}")
+        self._check_schedules()
+
+    def _check_schedules(self) -> None:
+        if not self.schedules:
+            _require(not self.schedule, f"schedule {self.schedule!r} is not declared")
+            return
+        _require(self.schedule in self.schedules, f"schedule {self.schedule!r} is not declared")
+        for name, table in self.schedules.items():
+            _require(table in self.tables, f"schedule {name!r} has no table {table!r}")
+        current = self.tables[self.schedules[self.schedule]]
+        for name, table in self.schedules.items():
+            other = self.tables[table]
+            alike = len(other.shape) >= 1 and (other.dtype, other.shape[1:]) == (current.dtype, current.shape[1:])
+            _require(alike, f"schedule {name!r} has rows of another kind than {self.schedule!r}")
+        scheduled = [call for call in self.calls if self._is_scheduled(call)]
+        _require(bool(scheduled), f"no call takes rows of schedule {self.schedule!r}")
+        for call in scheduled:
+            fits = not call.each and call.repeat == current.shape[0]
+            _require(fits, f"{call.graph!r} is not repeated once per row of schedule {self.schedule!r}")
+
+    def _is_scheduled(self, call: Call) -> bool:
+        return f"row.{self.schedules[self.schedule]}" in call.inputs.values()
+
+    def with_schedule(self, name: str) -> Plan:
+        """The same plan by another schedule.
+
+        Raises:
+            InputError: there is no such schedule; the message lists those that there are.
+        """
+        if name not in self.schedules:
+            known = ", ".join(self.schedules)
+            hint = f"{nearest(name, self.schedules)}; this bundle has {known}" if known else "; this bundle has none"
+            raise InputError(f"unknown schedule {name!r}{hint}")
+        before, after = (f"row.{self.schedules[schedule]}" for schedule in (self.schedule, name))
+        steps = self.tables[self.schedules[name]].shape[0]
+        calls = tuple(
+            replace(
+                call,
+                inputs={port: after if source == before else source for port, source in call.inputs.items()},
+                repeat=steps,
+            )
+            if self._is_scheduled(call)
+            else call
+            for call in self.calls
+        )
+        return replace(self, calls=calls, schedule=name)
 
     @property
     def graphs(self) -> tuple[str, ...]:

@@ -97,6 +97,14 @@ class Player(Generic[V]):
         for call in plan.calls:
             self._check_call(call)
 
+    def with_schedule(self, name: str) -> Player[V]:
+        """A player of the same plan by another of its schedules, on the same backend.
+
+        Raises:
+            InputError: the plan has no such schedule.
+        """
+        return Player(self.plan.with_schedule(name), self.backend, self._tables)
+
     @property
     def calls(self) -> int:
         """How many times a graph is run for one batch."""

@@ -38,6 +38,7 @@ class Runtime:
         seed: int = 0,
         first_index: int = 0,
         batch: int = 16,
+        schedule: str | None = None,
         progress: Progress | None = None,
         **inputs: Any,
     ) -> np.ndarray:
@@ -49,6 +50,7 @@ class Runtime:
                 (beyond rounding, where kernels differ by batch).
             first_index: number of the first image.
             batch: most images at a time; bounds the memory.
+            schedule: one of ``bundle.plan.schedules`` (``"ddim-25"``); None takes the plan's default.
             progress: told how far it is after every call of a graph.
             inputs: other inputs of the plan (``cfg``, ``top_k`` …): one number, or one an image where it is per image.
 
@@ -56,9 +58,17 @@ class Runtime:
             Images (n, 3, H, W) float32 in [0, 1].
 
         Raises:
-            InputError: a label or an input is not valid, or the memory does not suffice.
+            InputError: a label, an input or the schedule is not valid, or the memory does not suffice.
         """
-        batches = self.batches(labels, seed=seed, first_index=first_index, batch=batch, progress=progress, **inputs)
+        batches = self.batches(
+            labels,
+            seed=seed,
+            first_index=first_index,
+            batch=batch,
+            schedule=schedule,
+            progress=progress,
+            **inputs,
+        )
         return np.concatenate(list(batches))
 
     def batches(
@@ -68,11 +78,13 @@ class Runtime:
         seed: int = 0,
         first_index: int = 0,
         batch: int = 16,
+        schedule: str | None = None,
         progress: Progress | None = None,
         **inputs: Any,
     ) -> Iterator[np.ndarray]:
         """The same as `generate`, one batch of at most `batch` images after another."""
-        plan = self.player.plan
+        player = self.player if schedule is None else self.player.with_schedule(schedule)
+        plan = player.plan
         if batch < 1:
             raise InputError(f"batch is {batch}; at least 1 is needed")
         port = label_input(plan)
@@ -84,10 +96,11 @@ class Runtime:
         total = values[port.name].size
         check_inputs(plan, values, {**plan.dims, "batch": total})  # before any work, and for all images
         split = {i.name for i in plan.inputs if is_per_image(i) and i.name in values and values[i.name].ndim}
-        return self._play(values, split, total, seed, first_index, batch, progress)
+        return self._play(player, values, split, total, seed, first_index, batch, progress)
 
     def _play(
         self,
+        player: Player[OrtValue],
         values: Mapping[str, np.ndarray],
         split: set[str],
         total: int,
@@ -96,7 +109,7 @@ class Runtime:
         batch: int,
         progress: Progress | None,
     ) -> Iterator[np.ndarray]:
-        calls = self.player.calls * -(-total // batch)
+        calls = player.calls * -(-total // batch)
         done = count(1)
 
         def observe(_: CallRecord[OrtValue]) -> None:
@@ -106,7 +119,7 @@ class Runtime:
         for start in range(0, total, batch):
             stop = min(start + batch, total)
             part = {name: value[start:stop] if name in split else value for name, value in values.items()}
-            images = self.player.play(part, seed=seed, first_index=first_index + start, observer=observe)
+            images = player.play(part, seed=seed, first_index=first_index + start, observer=observe)
             yield images.astype(np.float32, copy=False)
 
 

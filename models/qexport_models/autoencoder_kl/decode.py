@@ -16,6 +16,7 @@ class Decode(nn.Module):
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.scaling_factor = vae.config.scaling_factor
+        self.downsampling = vae.config.downsampling
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from qexport.errors import InputError
 from qexport.suggest import nearest
 
+FREQUENCIES = 128
+"""Half the width of the sinusoidal timestep features."""
+
 LATENT_DOWNSAMPLING = 8
 """Pixels per latent, in each direction, of the autoencoder that the published models use."""
 
@@ -68,6 +71,18 @@ class DiTConfig:
     def mlp_size(self) -> int:
         """Width of the hidden layer of the MLP."""
         return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers a checkpoint holds, the fixed position table included."""
+        width, pixels = self.hidden_size, self.patch_size**2
+        embed = (pixels * self.in_channels + 1) * width + (self.num_tokens + self.num_classes + 1) * width
+        timestep = (2 * FREQUENCIES + 1) * width + (width + 1) * width
+        attention = (width + 1) * 4 * width
+        mlp = (width + 1) * self.mlp_size + (self.mlp_size + 1) * width
+        block = attention + mlp + (width + 1) * 6 * width
+        final = (width + 1) * (pixels * self.out_channels + 2 * width)
+        return embed + timestep + self.depth * block + final
 
     @property
     def null_class(self) -> int:

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-FREQUENCIES = 128
-"""Half the width of the sinusoidal timestep features."""
+from qexport_models.dit.config import FREQUENCIES
 
 MAX_PERIOD = 10000.0
 """Base of both sinusoidal codes (arXiv:1706.03762, section 3.5)."""

@@ -130,7 +130,7 @@ class DiT(nn.Module):
         c_BD = self.t_embedder(t_B, x_BTD.dtype) + self.y_embedder(y_B)
         for block in self.blocks:
             x_BTD = block(x_BTD, c_BD)
-        return self.unpatchify(self.final_layer(x_BTD, c_BD))
+        return unpatchify(self.final_layer(x_BTD, c_BD), self.config)
 
     def forward_with_cfg(
         self,
@@ -154,12 +154,12 @@ class DiT(nn.Module):
         both_2NGHW = torch.stack([guided_NGHW, guided_NGHW])
         return torch.cat([both_2NGHW, out_2NCHW[:, :, guided_channels:]], dim=2).flatten(0, 1)
 
-    def unpatchify(self, x_BTE: Tensor) -> Tensor:
-        """Patches (B, T, P·P·C) → image (B, C, G·P, G·P)."""
-        grid, patch = self.config.grid_size, self.config.patch_size
-        x_BGGPPC = x_BTE.reshape(-1, grid, grid, patch, patch, self.config.out_channels)
-        side = grid * patch
-        return x_BGGPPC.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.out_channels, side, side)
+
+def unpatchify(x_BTE: Tensor, config: DiTConfig) -> Tensor:
+    """Patches (B, T, P·P·C) → image (B, C, G·P, G·P)."""
+    grid, patch, channels = config.grid_size, config.patch_size, config.out_channels
+    x_BGGPPC = x_BTE.reshape(-1, grid, grid, patch, patch, channels)
+    return x_BGGPPC.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, grid * patch, grid * patch)
 
 
 def guide(cond_BCHW: Tensor, uncond_BCHW: Tensor, cfg_scale: float | Tensor, guided_channels: int) -> Tensor:

@@ -87,30 +87,30 @@ def probe():
 
 
 def test_probe(probe):
-    assert probe.t_N.tolist() == [0, 19, 39, 59, 79, 99]
-    assert probe.noise_NCHW.shape == (6, 2, 1, 3)
-    latents = probe.noisy_NCHW - probe.noise_NCHW * (probe.t_N / 100)[:, None, None, None]
+    assert probe.t.tolist() == [0, 19, 39, 59, 79, 99]
+    assert probe.noise.shape == (6, 2, 1, 3)
+    latents = probe.noisy - probe.noise * (probe.t / 100)[:, None, None, None]
     want = np.linspace(0, 1, 6 * 48).reshape(6, 3, 4, 4).mean(axis=(1, 2))[:, None, None, :3].repeat(2, axis=1)
     np.testing.assert_allclose(latents, want, atol=1e-6)
 
 
 def test_probe_does_not_depend_on_the_batch(probe):
     images = np.linspace(0, 1, 6 * 3 * 4 * 4, dtype=np.float32).reshape(6, 3, 4, 4)
-    np.testing.assert_array_equal(make_probe(Halving(), images, np.arange(6), seed=4).noisy_NCHW, probe.noisy_NCHW)
-    assert not np.array_equal(make_probe(Halving(), images, np.arange(6), seed=5).noise_NCHW, probe.noise_NCHW)
+    np.testing.assert_array_equal(make_probe(Halving(), images, np.arange(6), seed=4).noisy, probe.noisy)
+    assert not np.array_equal(make_probe(Halving(), images, np.arange(6), seed=5).noise, probe.noise)
 
 
 def test_output_quality_by_hand(probe):
     fp = torch_student(Halving(), batch=4)(probe)
     found = output_quality(probe, fp, torch_student(Halving(error=0.25), batch=4)(probe))
-    x = probe.noisy_NCHW.astype(np.float64)
+    x = probe.noisy.astype(np.float64)
     power = [float((x[i] ** 2).sum()) / 4 for i in range(6)]
     error = 6 * 0.25**2  # of one image with t ≥ 50, six numbers
     assert found.output_mse == pytest.approx(3 * error / sum(power), rel=1e-6)
     assert found.per_range == pytest.approx((0, 0, error / power[3], 2 * error / (power[4] + power[5])), rel=1e-6)
-    assert found.loss_fp == pytest.approx(float(np.mean((x / 2 - probe.noise_NCHW) ** 2)), rel=1e-6)
-    late = (probe.t_N >= 50)[:, None, None, None] * 0.25
-    assert found.loss == pytest.approx(float(np.mean((x / 2 + late - probe.noise_NCHW) ** 2)), rel=1e-6)
+    assert found.loss_fp == pytest.approx(float(np.mean((x / 2 - probe.noise) ** 2)), rel=1e-6)
+    late = (probe.t >= 50)[:, None, None, None] * 0.25
+    assert found.loss == pytest.approx(float(np.mean((x / 2 + late - probe.noise) ** 2)), rel=1e-6)
     assert (found.samples, found.to_json()["n"]) == (6, 6)
     same = output_quality(probe, fp, fp)
     assert same.output_mse == 0
@@ -126,18 +126,18 @@ def test_a_bundle_is_asked_one_timestep_at_a_time(probe):
     backend = Backend(error=0.25)
     found = runtime_student(Player(PLAN, backend), SPEC)(probe)
     np.testing.assert_allclose(found, torch_student(Halving(error=0.25))(probe), atol=1e-7)
-    assert backend.calls == len(set(probe.t_N.tolist()))
+    assert backend.calls == len(set(probe.t.tolist()))
 
 
 def test_trajectories_by_hand():
     labels = np.array([0, 1, 2])
     reference = play_trajectories(Player(PLAN, Backend()), SPEC, labels, seed=2, batch=2)
     drifting = play_trajectories(Player(PLAN, Backend(drift=0.5)), SPEC, labels, seed=2)
-    assert reference.states_SNCHW.shape == (3, 3, 2, 1, 3)
-    np.testing.assert_array_equal(reference.images, reference.states_SNCHW[-1])
+    assert reference.states.shape == (3, 3, 2, 1, 3)
+    np.testing.assert_array_equal(reference.images, reference.states[-1])
     found = trajectory_quality(reference, drifting)
-    start = reference.states_SNCHW[0] - labels[:, None, None, None]
-    first = np.linalg.norm(0.5 * start) / np.linalg.norm(reference.states_SNCHW[0])
+    start = reference.states[0] - labels[:, None, None, None]
+    first = np.linalg.norm(0.5 * start) / np.linalg.norm(reference.states[0])
     assert found.per_step[0] == pytest.approx(first, rel=1e-5)
     assert found.trajectory_error == found.per_step[-1] > found.per_step[0]
     assert found.to_json()["n"] == 3
@@ -150,7 +150,7 @@ def test_what_cannot_be_compared_is_refused(probe):
     with pytest.raises(InputError, match="one label each"):
         make_probe(Halving(), np.zeros((2, 3, 4, 4), np.float32), np.zeros(1))
     with pytest.raises(InputError, match="shape"):
-        output_quality(probe, probe.noise_NCHW, probe.noise_NCHW[:1])
+        output_quality(probe, probe.noise, probe.noise[:1])
     one = Trajectories(np.zeros((1, 1, 1, 1, 1)), np.zeros((1, 3, 1, 1)))
     with pytest.raises(InputError, match="cannot be compared"):
         trajectory_quality(one, Trajectories(np.zeros((2, 1, 1, 1, 1)), one.images))
