@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qexport.bundle import Bundle, BundleWriter, Manifest, ModelInfo, WeightRef
-from qexport.errors import InputError, MissingDependencyError
-from qexport.family import Generator, find_model
-from qexport.numerics.metrics import sqnr_db
+from qexport.checkpoint import open_checkpoint
+from qexport.errors import InputError
+from qexport.family import Generator, find_model, load_random, recognise
 from qexport.numerics.packing import pack
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.quantize import StoredWeight, assign_rules, stored_weights
@@ -34,24 +33,26 @@ Progress = Callable[[str, int, int], None]
 
 
 def quantize(
-    model: str,
+    model: str | None = None,
     *,
     scheme: Scheme | None = None,
     recipe: Recipe | None = None,
     checkpoint: str | None = None,
     vae_checkpoint: str | None = None,
+    random_weights: int | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Quantise a model by name and write its bundle.
+    """Quantise a model and write its bundle.
 
     Args:
-        model: a name that `qexport models` lists.
+        model: a name that `qexport models` lists; may be left out where `checkpoint` tells.
         scheme: how to quantise; the default is int4 weights in groups of 32. Not together with `recipe`.
         recipe: layer by layer instead.
-        checkpoint: file of the generator's weights, where it is not bundled.
+        checkpoint: file (or folder) of the generator's weights, where it is not bundled.
         vae_checkpoint: file of the decoder's weights.
+        random_weights: a seed; fills a model of that shape with random numbers instead, for engineering only.
         out: folder of the bundle; by default ``./qexport-out/<model>-<scheme>``.
         overwrite: replace a bundle that is there.
         progress: told how far it is.
@@ -63,19 +64,41 @@ def quantize(
         InputError: an unknown model, a recipe that does not fit, a destination that cannot be written.
         CheckpointError: a checkpoint that is missing or does not fit.
     """
-    with _needs_toolchain():
-        import qexport.graph.build  # noqa: F401  before any work: is the export extra installed?
     if scheme is not None and recipe is not None:
         raise InputError("give a scheme or a recipe, not both")
     tell = progress or (lambda stage, done, total: None)
-    family, entry = find_model(model)
     tell("load", 0, 1)
-    generator = family.load(entry, checkpoint, vae_checkpoint)
+    generator = load_generator(model, checkpoint, vae_checkpoint, random_weights)
     if recipe is None:
         scheme = scheme or preset()
         recipe = recipe_for(scheme, generator.default_layers, scheme.name)
-    folder = Path(out) if out is not None else DEFAULT_FOLDER / f"{entry.name}-{recipe.name}"
+    folder = Path(out) if out is not None else DEFAULT_FOLDER / f"{generator.entry.name}-{recipe.name}"
     return export(generator, recipe, folder, overwrite=overwrite, progress=tell)
+
+
+def load_generator(
+    model: str | None,
+    checkpoint: str | None = None,
+    vae_checkpoint: str | None = None,
+    random_weights: int | None = None,
+) -> Generator:
+    """The model that these options mean; see `quantize`.
+
+    Raises:
+        InputError: nothing says which model, or the options contradict each other.
+        CheckpointError: a checkpoint that is missing or does not fit.
+    """
+    if random_weights is not None:
+        if model is None or checkpoint is not None or vae_checkpoint is not None:
+            raise InputError("--random-weights needs --model and no checkpoint: it stands for the file")
+        return load_random(model, random_weights)
+    if model is None:
+        if checkpoint is None:
+            raise InputError("say which model: --model NAME (`qexport models` lists them) or --checkpoint FILE")
+        opened = open_checkpoint(checkpoint)
+        model = recognise(opened.shapes, opened.config, opened.path.name).name
+    family, entry = find_model(model)
+    return family.load(entry, checkpoint, vae_checkpoint)
 
 
 def export(generator: Generator, recipe: Recipe, out: Path, *, overwrite: bool = False, progress: Progress) -> Bundle:
@@ -102,7 +125,7 @@ def export(generator: Generator, recipe: Recipe, out: Path, *, overwrite: bool =
             flip = weight.name in transposed[weight.graph]
             for ref in _write(writer, weight, flip):
                 refs[weight.graph][ref.name] = ref
-            rows.append(layer_row(weight, _sqnr(generator, weight)))
+            rows.append(layer_row(weight))
             if isinstance(weight.value, QuantizedTensor):
                 specs[weight.graph][weight.name] = weight.value.spec
         tables = {
@@ -164,20 +187,3 @@ def _scale(scales: np.ndarray, spec: TensorSpec) -> tuple[np.ndarray, str, tuple
     else:
         array = scales.reshape(())
     return array, "float16", array.shape
-
-
-def _sqnr(generator: Generator, weight: StoredWeight) -> float | None:
-    if not isinstance(weight.value, QuantizedTensor):
-        return None
-    original = generator.graph(weight.graph).parameters()[weight.name].detach().numpy()
-    return sqnr_db(weight.value.dequantize(), original)
-
-
-@contextmanager
-def _needs_toolchain() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"this needs the export toolchain ({error.name} is not installed): pip install 'qexport[export]'"
-        ) from error

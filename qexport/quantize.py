@@ -14,6 +14,7 @@ import numpy as np
 
 from qexport.algorithms import get_algorithm
 from qexport.errors import InputError
+from qexport.numerics.metrics import sqnr_db
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.recipe import Recipe, Rule
 
@@ -29,6 +30,7 @@ class StoredWeight:
 
     `name` is the initialiser in `graph`; `layer` and `rule` are set for a matrix that a recipe may name. `value` is
     codes and scales (outputs, inputs), or an array: float16 (matrices), float32 (vectors), or an integer buffer.
+    `original` is the model's own tensor, not copied.
     """
 
     graph: str
@@ -36,6 +38,12 @@ class StoredWeight:
     layer: str | None
     rule: Rule | None
     value: QuantizedTensor | np.ndarray
+    original: np.ndarray
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """10·log10 of the power of the weights over that of their rounding error; None where nothing was quantised."""
+        return sqnr_db(self.restored(), self.original) if isinstance(self.value, QuantizedTensor) else None
 
     def restored(self) -> np.ndarray:
         """The numbers that a runtime computes with: float32, or the integer buffer."""
@@ -72,7 +80,7 @@ def stored_weights(generator: Generator, recipe: Recipe) -> Iterator[StoredWeigh
             layer = layer_of.get((graph, name))
             rule = rules.get(layer) if layer else None
             array = tensor.detach().numpy()
-            yield StoredWeight(graph, name, layer, rule, _stored(name, array, rule))
+            yield StoredWeight(graph, name, layer, rule, _stored(name, array, rule), array)
 
 
 def apply_stored(generator: Generator, stored: Iterable[StoredWeight]) -> None:

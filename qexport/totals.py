@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.quantize import StoredWeight
@@ -12,14 +12,18 @@ from qexport.scheme import PerGroup
 FP16_BITS = 16
 
 
-def layer_row(weight: StoredWeight, sqnr_db: float | None) -> dict[str, Any]:
+def layer_row(weight: StoredWeight) -> dict[str, Any]:
     """The row of one parameter.
 
     `bits_stored` and `bits_information` are per weight, scales included; `sqnr_db` is 10·log10 of signal over
     quantisation noise power, None where nothing was quantised.
     """
     value = weight.value
-    row: dict[str, Any] = {"layer": weight.layer is not None, "name": weight.layer or weight.name, "graph": weight.graph}
+    row: dict[str, Any] = {
+        "layer": weight.layer is not None,
+        "name": weight.layer or weight.name,
+        "graph": weight.graph,
+    }
     if isinstance(value, QuantizedTensor):
         granularity = value.spec.granularity
         return row | {
@@ -31,7 +35,7 @@ def layer_row(weight: StoredWeight, sqnr_db: float | None) -> dict[str, Any]:
             "bits_stored": round(value.bits_per_weight, 6),
             "bits_information": round(value.information_bits_per_weight, 6),
             "size_bytes": value.bits // 8,
-            "sqnr_db": None if sqnr_db is None else round(sqnr_db, 3),
+            "sqnr_db": round(cast(float, weight.sqnr_db), 3),
         }
     bits = value.dtype.itemsize * 8
     return row | {
