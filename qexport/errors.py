@@ -29,10 +29,6 @@ class UnsupportedError(InputError):
     """A combination that cannot be carried out: said so rather than replaced by something else."""
 
 
-class MissingDependencyError(InputError):
-    """A part of the toolchain that needs a package which is not installed."""
-
-
 class CheckFailedError(QexportError):
     """A verification limit was breached."""
 
