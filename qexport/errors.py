@@ -1,7 +1,7 @@
 """One exception tree. Every message is one line: what was wrong, where, and what to do about it.
 
-Exit codes of the command line follow from the class: `InputError` is 2 (the user can mend it), `CheckFailedError`
-is 1 (the thing was measured and is not good). Anything else is a defect of qexport and shows its traceback.
+An `InputError` is something the user can mend; the command line ends with its exit code, 2. Anything that is not a
+`QexportError` is a defect of qexport and shows its traceback. (A verification that fails is no error: it is a report.)
 """
 
 from __future__ import annotations
@@ -27,9 +27,3 @@ class BundleError(InputError):
 
 class UnsupportedError(InputError):
     """A combination that cannot be carried out: said so rather than replaced by something else."""
-
-
-class CheckFailedError(QexportError):
-    """A verification limit was breached."""
-
-    exit_code = 1
