@@ -11,6 +11,7 @@ from dit_support import BROKEN, RELATIVE_L2, published_lists, relative_l2, state
 from qexport_models.autoencoder_kl.config import AutoencoderKLConfig
 from qexport_models.autoencoder_kl.model import AutoencoderKL
 from qexport_models.dit.config import DiTConfig
+from qexport_models.dit.embed import position_table
 from qexport_models.dit.family import ENTRIES, FAMILY, assemble, load
 from qexport_models.dit.load import build_dit
 from qexport_models.dit.sampling_plan import SCHEDULE_STEPS, tables
@@ -18,8 +19,8 @@ from qexport_models.dit.schedule import ddim_rows, ddpm_rows, make_schedule
 
 from qexport import runtime
 from qexport.errors import CheckpointError, InputError
-from qexport.family import find_model
-from qexport.pipeline import export
+from qexport.family import find_model, load_random, random_seed
+from qexport.pipeline import export, quantize
 from qexport.quantize import apply_stored, stored_weights
 from qexport.recipe import recipe_for
 from qexport.runtime import Player
@@ -120,6 +121,18 @@ def _shell(entry):
     return DiT(entry.config["dit"])
 
 
+def test_random_weights_are_marked_and_reproducible():
+    model, again = load_random("dit-c10-d2", 3), load_random("dit-c10-d2-random", 3)
+    assert (model.entry.name, random_seed(model.entry.source)) == ("dit-c10-d2-random", 3)
+    assert (model.features, dict(model.checkpoint_sha256)) == (None, {})
+    assert model.plan.schedule == "ddpm-50"
+    first, second = model.graph("denoise").parameters(), again.graph("denoise").parameters()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    np.testing.assert_array_equal(first["pos_embed"][0], position_table(128, 8))
+    found = [float(s["output"].std()) for s in steps(torch_player(model).with_schedule("ddim-10"))[:-1]]
+    assert all(0.3 < spread < 3 for spread in found)
+
+
 def test_schedule_tables_hold_the_rows():
     found = tables()
     assert sum(rows.nbytes for rows in found.values()) < 40_000
@@ -215,6 +228,17 @@ def test_a_bundle_plays_by_its_own_plan_and_tables(exported):
     bundle = exported.bundle
     player = Player(bundle.plan, exported.runtime.player.backend, bundle.tables()).with_schedule("ddim-10")
     assert worst(steps(exported.runtime.player.with_schedule("ddim-10")), steps(player)) == 0
+
+
+@pytest.mark.slow
+def test_a_bundled_model_by_name(tmp_path):
+    bundle = quantize("dit-c10-d2", out=tmp_path / "bundle")
+    reference = load(find_model("dit-c10-d2")[1], None, None)
+    apply_stored(reference, stored_weights(reference, recipe_for(preset(4), reference.default_layers, "w4a16")))
+    player = runtime.load(bundle.path, "cpu", "exact", threads=1).player.with_schedule("ddim-20")
+    wanted = steps(torch_player(reference).with_schedule("ddim-20"))
+    assert worst(wanted, steps(player)) <= RELATIVE_L2
+    assert float(wanted[-1]["image"].std()) > 0.1
 
 
 # --- quality --------------------------------------------------------------------------------------------------------

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qexport.family import DenoiseSpec, Family, Generator, ModelEntry
+from qexport.family import DenoiseSpec, Family, Generator, ModelEntry, random_entry
 from qexport_models.autoencoder_kl.config import KLVAE_C10, SD_VAE
 from qexport_models.autoencoder_kl.decode import Decode
 from qexport_models.autoencoder_kl.load import build_autoencoder_kl
 from qexport_models.autoencoder_kl.model import AutoencoderKL
-from qexport_models.checkpoints import locate, read_state, sha256
+from qexport_models.checkpoints import VAE_OPTION, companion, locate, read_state, sha256
 from qexport_models.dit.config import CONFIGS, DiTConfig
 from qexport_models.dit.denoise import DenoiseStep
+from qexport_models.dit.embed import position_table
 from qexport_models.dit.load import build_dit
 from qexport_models.dit.model import DiT
 from qexport_models.dit.sampling_plan import (
@@ -30,11 +31,15 @@ from qexport_models.dit.sampling_plan import (
 )
 from qexport_models.dit.schedule import ROW_COLUMNS, TRAINING_STEPS, linear_betas
 from qexport_models.featurenet import Cifar10Features
+from qexport_models.published import with_commits
+from qexport_models.random_weights import Fan, Normal, Rules, build_random
+from qexport_models.recognise import recognise_dit
 
 BLOCK_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 OTHER_LAYERS = ("t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear", "final_layer.adaLN_modulation.1")
 DEFAULT_LAYERS = ("blocks.*",)
 
+C10_CLASSES = 10
 BUNDLED = ("dit-c10-d2", "dit-c10-d3", "dit-c10-d4")
 PUBLISHED = ("dit-xl-2-256", "dit-xl-2-512")
 SD_VAE_FILE = "sd-vae-ft-ema/diffusion_pytorch_model.safetensors"
@@ -79,18 +84,37 @@ class DiTQuality:
 
 
 def load(entry: ModelEntry, checkpoint: str | None, vae_checkpoint: str | None) -> Generator:
-    """Build one of `ENTRIES` from its files.
+    """Build one of `ENTRIES` from its files; a diffusers folder as `checkpoint` holds the autoencoder too.
 
     Raises:
         CheckpointError: a file is missing, unreadable, or of another architecture.
     """
     paths = {
         "model": locate(entry, entry.files[0], checkpoint, "--checkpoint"),
-        "vae": locate(entry, entry.files[1], vae_checkpoint, "--vae-checkpoint"),
+        "vae": locate(entry, entry.files[1], vae_checkpoint or companion(checkpoint), VAE_OPTION),
     }
     dit = build_dit(entry.config["dit"], read_state(paths["model"]))
-    vae = build_autoencoder_kl(entry.config["vae"], read_state(paths["vae"]))
-    return assemble(entry, dit, vae, {role: sha256(path) for role, path in paths.items()})
+    vae = build_autoencoder_kl(entry.config["vae"], read_state(paths["vae"], "vae"))
+    return assemble(with_commits(entry, paths), dit, vae, {role: sha256(path) for role, path in paths.items()})
+
+
+RANDOM_DIT: Rules = (
+    (r"embedding_table\.weight$", Normal(0.5)),
+    (r"adaLN_modulation\.1\.weight$", Fan(1.5)),
+)
+"""Classes that differ, and gates of some tenths, so that every block counts, as trained ones do."""
+
+RANDOM_VAE: Rules = ((r"decoder\.conv_out\.weight$", Fan(0.35)),)
+"""Pixels that mostly stay inside [−1, 1]."""
+
+
+def random(entry: ModelEntry, seed: int) -> Generator:
+    """One of `ENTRIES` in shape, filled with random numbers; the position table is what it always is."""
+    config: DiTConfig = entry.config["dit"]
+    dit = build_random(lambda: DiT(config), seed, "model.", RANDOM_DIT)
+    dit.pos_embed.copy_(torch.from_numpy(position_table(config.hidden_size, config.grid_size))[None])
+    vae = build_random(lambda: AutoencoderKL(entry.config["vae"]), seed, "vae.", RANDOM_VAE)
+    return assemble(random_entry(entry, seed), dit, vae, {})
 
 
 def assemble(entry: ModelEntry, dit: DiT, vae: AutoencoderKL, hashes: Mapping[str, str]) -> Generator:
@@ -100,7 +124,7 @@ def assemble(entry: ModelEntry, dit: DiT, vae: AutoencoderKL, hashes: Mapping[st
     return Generator(
         entry=entry,
         graphs=graphs(config, DenoiseStep(dit), Decode(vae)),
-        plan=plan(config, entry.image_size, C10_SCHEDULE if entry.bundled else PUBLISHED_SCHEDULE),
+        plan=plan(config, entry.image_size, C10_SCHEDULE if config.num_classes == C10_CLASSES else PUBLISHED_SCHEDULE),
         layers={name: ("denoise", f"{name}.weight") for name in names},
         default_layers=DEFAULT_LAYERS,
         draw=None,
@@ -141,4 +165,4 @@ ENTRIES = tuple(
     _entry(name, config) for name, config in CONFIGS.items() if name in BUNDLED or not name.startswith("dit-c10-")
 )
 
-FAMILY = Family("dit", ENTRIES, load)
+FAMILY = Family("dit", ENTRIES, load, recognise=recognise_dit, random=random)
