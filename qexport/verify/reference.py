@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from qexport.bundle import Bundle
+from qexport.bundle import Bundle, ModelInfo
 from qexport.errors import CheckpointError, InputError
-from qexport.family import Generator, find_model
+from qexport.family import Generator, find_model, load_random, random_seed
 from qexport.plan import Plan
 from qexport.quantize import StoredWeight, apply_stored, stored_weights
 from qexport.recipe import Recipe
@@ -49,8 +49,7 @@ def load_models(
     """
     if generator is None:
         try:
-            family, entry = find_model(bundle.manifest.model.name)
-            generator = family.load(entry, checkpoint, vae_checkpoint)
+            generator = _load(bundle.manifest.model, checkpoint, vae_checkpoint)
         except InputError as error:
             if isinstance(error, CheckpointError) and (checkpoint or vae_checkpoint):
                 raise
@@ -68,6 +67,14 @@ def load_models(
     return Models(generator, quantised, layers)
 
 
+def _load(model: ModelInfo, checkpoint: str | None, vae_checkpoint: str | None) -> Generator:
+    seed = random_seed(model.source)
+    if seed is not None:
+        return load_random(model.name, seed)
+    family, entry = find_model(model.name)
+    return family.load(entry, checkpoint, vae_checkpoint)
+
+
 def check_plan(bundle: Bundle, reference: Generator) -> Check:
     """Whether the bundle's sampling plan and its tables are the model's. The figure counts what differs."""
     ours, theirs = _plain(reference.plan), _plain(bundle.plan)
@@ -81,7 +88,7 @@ def check_plan(bundle: Bundle, reference: Generator) -> Check:
     return at_most("sampling plan: parts that differ", len(different), 0, place, detail, "parts")
 
 
-def _noting_layers(generator: Generator, recipe: Recipe, layers: list[Layer]) -> Any:
+def _noting_layers(generator: Generator, recipe: Recipe, layers: list[Layer]) -> Iterator[StoredWeight]:
     for weight in stored_weights(generator, recipe):
         if _is_quantised(weight):
             layers.append(Layer(weight.layer or weight.name, weight.graph, weight.name))
