@@ -3,7 +3,7 @@
     python benchmarks/dit_rtn_quality.py --images cifar_test.npz
 
 Absmax scales, groups of 32, block matrices only; every 40th of CIFAR-10's 10,000 test images (250), timesteps spread
-over 0 … 999, figures averaged over several draws of the noise. Writes dit_rtn_quality.json and .md beside itself. Twelve
+over 0 … 999, averaged over draws of the noise. Writes dit_rtn_quality.json and .md beside itself. Twelve
 minutes on two busy cores. The data set is read, never copied.
 """
 
