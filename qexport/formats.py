@@ -6,6 +6,8 @@ The integer conventions, stated once for all of qexport:
 - Codes are two's complement. The *full* range of b bits is −2^(b−1) … 2^(b−1)−1; the *narrow* range leaves out the
   most negative code, so that +w and −w are held equally well. Under the narrow range 2 bits are ternary: −1, 0, 1.
 - Rounding is half to even (IEEE 754's default, and what ONNX `QuantizeLinear` says). Saturation: codes are clamped.
+- A code of a floating-point format is its bit pattern (sign, exponent, mantissa), rounded to nearest with ties to the
+  even mantissa, saturated at the greatest finite value. There is no negative zero.
 - Scales are stored in fp16 and are rounded to it *before* codes are chosen, so the codes fit the scales on disk.
 
 Bits are counted twice, and the two are never mixed: *information* bits are what the format needs in principle,
@@ -32,19 +34,28 @@ SCALE_BITS = 16
 class NumberFormat:
     """One number format.
 
-    `kind` is the family of the format (floating-point formats will bring ``"float"``), `bits` its nominal width,
-    `information_bits` what a weight carries, `container_bits` what it takes up once packed. `onnx_type` is the tensor
-    type of the container as `onnx.TensorProto` spells it, or None for a format that can be studied but not exported;
-    `min_opset` is the first ONNX opset whose blocked `DequantizeLinear` takes that type.
+    `kind` says what a code is: an integer, or the bit pattern of a small floating-point number. `bits` is the nominal
+    width, `information_bits` what a weight carries, `container_bits` what it takes up once packed. `onnx_type` is the
+    tensor type of the container as `onnx.TensorProto` spells it, or None for a format that can be studied but not
+    exported; `min_opset` is the first ONNX opset whose blocked `DequantizeLinear` takes that type. `mantissa_bits`,
+    `exponent_bias` and `float_max` describe a floating-point format (OCP 8-bit floating point, 2023, table 1).
     """
 
     name: str
-    kind: Literal["int"]
+    kind: Literal["int", "float"]
     bits: int
     information_bits: float
     container_bits: int
     onnx_type: str | None
     min_opset: int
+    mantissa_bits: int = 0
+    exponent_bias: int = 0
+    float_max: float = 0.0
+
+    @property
+    def greatest(self) -> float:
+        """The greatest magnitude at scale 1, which a group's greatest weight is scaled to."""
+        return float(self.code_max) if self.kind == "int" else self.float_max
 
     @property
     def code_min(self) -> int:
@@ -64,6 +75,9 @@ _ALL = (
     # No runtime reads 3-bit integers, so they are exported in the next wider type.
     NumberFormat("int3", "int", 3, information_bits=3.0, container_bits=4, onnx_type="INT4", min_opset=21),
     NumberFormat("int2", "int", 2, information_bits=2.0, container_bits=2, onnx_type="INT2", min_opset=25),
+    # E4M3 without infinities (one NaN pattern per sign), and E5M2 with IEEE 754's.
+    NumberFormat("fp8-e4m3", "float", 8, 8.0, 8, "FLOAT8E4M3FN", 21, mantissa_bits=3, exponent_bias=7, float_max=448),
+    NumberFormat("fp8-e5m2", "float", 8, 8.0, 8, "FLOAT8E5M2", 21, mantissa_bits=2, exponent_bias=15, float_max=57344),
 )
 
 FORMATS: dict[str, NumberFormat] = {number_format.name: number_format for number_format in _ALL}

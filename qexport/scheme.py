@@ -99,6 +99,8 @@ class Scheme:
         weight_bits = self.weight.format.bits if self.weight else 16
         activation_bits = self.activation.format.bits if self.activation else 16
         name = f"w{weight_bits}a{activation_bits}"
+        if self.weight and self.weight.format.kind == "float":
+            name += "-" + self.weight.format.name.removesuffix("-e4m3")  # fp8 without more is E4M3
         if self.weight is None or self.weight.granularity == _default_granularity(weight_bits):
             return name
         match self.weight.granularity:
@@ -110,7 +112,11 @@ class Scheme:
                 return f"{name}-g{size}"
 
 
-_WEIGHT_FORMATS = {8: "int8", 4: "int4", 3: "int3", 2: "int2"}
+_WEIGHT_FORMATS = {
+    "int": {8: "int8", 4: "int4", 3: "int3", 2: "int2"},
+    "fp8": {8: "fp8-e4m3"},
+    "fp8-e5m2": {8: "fp8-e5m2"},
+}
 
 
 def _default_granularity(wbits: int) -> Granularity:
@@ -119,23 +125,27 @@ def _default_granularity(wbits: int) -> Granularity:
     return PerChannel() if wbits == 8 else PerGroup(DEFAULT_GROUP_SIZE)
 
 
-def preset(wbits: int = 4, abits: int = 16, group_size: int | None = None) -> Scheme:
+def preset(wbits: int = 4, abits: int = 16, group_size: int | None = None, number_format: str = "int") -> Scheme:
     """The scheme for a pair of widths: w16a16, w8a16 (per channel), and w4a16, w3a16, w2a16 (groups of 32).
 
     `group_size` asks for other groups along the input, at 8 bits too; None is the usual granularity of that width.
+    `number_format` is ``"int"``, ``"fp8"`` (E4M3) or ``"fp8-e5m2"``; the latter two are 8 bits wide.
 
     Raises:
-        InputError: a width that no format has, or a group size without anything to group.
+        InputError: a width that the format does not have, or a group size without anything to group.
         UnsupportedError: `abits` is not 16.
     """
     if abits != 16:
         raise UnsupportedError(f"--abits {abits}: activation quantisation is not available yet; use 16")
-    if wbits == 16:
+    if number_format not in _WEIGHT_FORMATS:
+        raise InputError(f"--format {number_format} is not known; choose one of {', '.join(_WEIGHT_FORMATS)}")
+    names = _WEIGHT_FORMATS[number_format]
+    if wbits == 16 and number_format == "int":
         if group_size is not None:
             raise InputError(f"--group-size {group_size} has no meaning with --wbits 16, which keeps floating point")
         return Scheme(weight=None, activation=None)
-    if wbits not in _WEIGHT_FORMATS:
-        widths = ", ".join(map(str, sorted({16, *_WEIGHT_FORMATS})))
-        raise InputError(f"--wbits {wbits} is not available; choose one of {widths}")
+    if wbits not in names:
+        widths = ", ".join(map(str, sorted(names if number_format != "int" else {16, *names})))
+        raise InputError(f"--wbits {wbits} is not available with --format {number_format}; choose one of {widths}")
     granularity = _default_granularity(wbits) if group_size is None else PerGroup(group_size)
-    return Scheme(weight=TensorSpec(get_format(_WEIGHT_FORMATS[wbits]), granularity), activation=None)
+    return Scheme(weight=TensorSpec(get_format(names[wbits]), granularity), activation=None)

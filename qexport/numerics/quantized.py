@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from qexport.errors import InputError
 from qexport.formats import SCALE_BITS, SCALE_DTYPE
+from qexport.numerics.minifloat import decode, values
 from qexport.scheme import TensorSpec
 
 
@@ -39,23 +40,29 @@ class QuantizedTensor:
             raise InputError(
                 f"scales are {self.scales.dtype} {self.scales.shape}; {self.spec} needs float16 {expected}"
             )
-        low, high = int(self.codes.min()), int(self.codes.max())
         number_format = self.spec.format
-        if low < number_format.code_min or high > number_format.code_max:
-            raise InputError(
-                f"codes reach from {low} to {high}; {number_format.name} holds "
-                f"{number_format.code_min} to {number_format.code_max}"
-            )
+        if number_format.kind == "float":
+            if np.isnan(values(number_format)[np.unique(self.codes.view(np.uint8))]).any():
+                raise InputError(f"a code is no finite {number_format.name} number")
+        else:
+            low, high = int(self.codes.min()), int(self.codes.max())
+            if low < number_format.code_min or high > number_format.code_max:
+                raise InputError(
+                    f"codes reach from {low} to {high}; {number_format.name} holds "
+                    f"{number_format.code_min} to {number_format.code_max}"
+                )
         if not (np.isfinite(self.scales).all() and (self.scales > 0).all()):
             raise InputError("scales must be positive finite numbers")
 
     def dequantize(self) -> npt.NDArray[np.float32]:
         """The weight (O, I) float32 that these codes stand for.
 
-        Exact: a code has at most 8 significant bits and an fp16 scale 11, and the 19 of their product fit into
-        float32's 24. So every runtime that multiplies in float32 gets these very numbers.
+        Exact: the value of a code has at most 8 significant bits and an fp16 scale 11, and the 19 of their product fit
+        into float32's 24. So every runtime that multiplies in float32 gets these very numbers.
         """
-        blocks = self.codes.reshape(*self.scales.shape, -1).astype(np.float32)
+        number_format = self.spec.format
+        plain = decode(self.codes, number_format) if number_format.kind == "float" else self.codes.astype(np.float32)
+        blocks = plain.reshape(*self.scales.shape, -1)
         blocks *= self.scales.astype(np.float32)[..., None]
         return blocks.reshape(self.codes.shape)
 

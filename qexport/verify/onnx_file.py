@@ -12,6 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
@@ -29,6 +30,7 @@ _PLAIN: dict[int, str] = {
     TensorProto.BOOL: "?",
 }
 _SIGNED_BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.INT2: 2}
+_FLOAT8 = {TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, TensorProto.FLOAT8E5M2: ml_dtypes.float8_e5m2}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class OnnxFile:
             self.producers.update(dict.fromkeys(node.output, node))
 
     def read(self, name: str) -> np.ndarray:
-        """The initialiser `name`: its dtype for plain types, int8 for packed 2- and 4-bit integers.
+        """The initialiser `name`: its dtype for plain types, int8 for packed 2- and 4-bit integers, float32 for fp8.
 
         Raises:
             BundleError: its bytes are missing, or of a type this reader does not know.
@@ -75,6 +77,8 @@ class OnnxFile:
         raw = self._bytes(tensor)
         if tensor.data_type in _PLAIN:
             array = np.frombuffer(raw, _PLAIN[tensor.data_type])
+        elif tensor.data_type in _FLOAT8:
+            array = np.frombuffer(raw, np.uint8).view(_FLOAT8[tensor.data_type]).astype(np.float32)
         elif tensor.data_type in _SIGNED_BITS:
             array = _signed(np.frombuffer(raw, np.uint8), _SIGNED_BITS[tensor.data_type])[: math.prod(shape)]
         else:

@@ -37,11 +37,13 @@ class AttachWeights(ir.passes.InPlacePass):
     ) -> None:
         super().__init__()
         self.refs, self.quantized, self.location, self.folder = refs, quantized, location, folder
+        self._position: dict[ir.Node, int] = {}  # of the nodes that were there before
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """See class."""
         graph = model.graph
         waiting = [value for value in graph.initializers.values() if value.const_value is None]
+        self._position = {node: number for number, node in enumerate(graph)}
         for value in waiting:
             name = value.name or ""
             if name not in self.refs:
@@ -74,7 +76,7 @@ class AttachWeights(ir.passes.InPlacePass):
 
     def _insert(self, graph: ir.Graph, weight: ir.Value, node: ir.Node) -> None:
         """Put `node`, which reads `weight`, between it and everything else that does."""
-        first = min((use.node for use in weight.uses() if use.node is not node), key=list(graph).index)
+        first = min((use.node for use in weight.uses() if use.node is not node), key=self._position.__getitem__)
         out = node.outputs[0]
         out.name, out.dtype, out.shape = f"{node.name}:0", ir.DataType.FLOAT, weight.shape
         for use in list(weight.uses()):
@@ -103,4 +105,6 @@ ONNX_NAMES = {
     "int8": "INT8",
     "int4": "INT4",
     "int2": "INT2",
+    "float8e4m3fn": "FLOAT8E4M3FN",
+    "float8e5m2": "FLOAT8E5M2",
 }
