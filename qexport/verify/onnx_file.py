@@ -30,7 +30,7 @@ _PLAIN: dict[int, str] = {
     TensorProto.BOOL: "?",
 }
 _SIGNED_BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.INT2: 2}
-_FLOAT8 = {TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, TensorProto.FLOAT8E5M2: ml_dtypes.float8_e5m2}
+_FLOAT8: dict[int, type] = {TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, TensorProto.FLOAT8E5M2: ml_dtypes.float8_e5m2}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class OnnxFile:
         elif tensor.data_type in _SIGNED_BITS:
             array = _signed(np.frombuffer(raw, np.uint8), _SIGNED_BITS[tensor.data_type])[: math.prod(shape)]
         else:
-            kind = TensorProto.DataType.Name(tensor.data_type)
+            kind = onnx.helper.tensor_dtype_to_string(tensor.data_type)
             raise BundleError(f"graph {self.graph!r}: initialiser {name!r} is {kind}, which verify cannot read")
         if array.size != math.prod(shape):
             raise BundleError(
