@@ -30,7 +30,10 @@ _PLAIN: dict[int, str] = {
     TensorProto.BOOL: "?",
 }
 _SIGNED_BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.INT2: 2}
-_FLOAT8: dict[int, type] = {TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, TensorProto.FLOAT8E5M2: ml_dtypes.float8_e5m2}
+_FLOAT8: dict[int, type] = {
+    TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn,
+    TensorProto.FLOAT8E5M2: ml_dtypes.float8_e5m2,
+}
 
 
 @dataclass(frozen=True)
