@@ -13,7 +13,7 @@ from qexport.bundle import Bundle, BundleWriter, Manifest, ModelInfo, WeightRef
 from qexport.checkpoint import open_checkpoint
 from qexport.errors import InputError
 from qexport.family import Generator, find_model, load_random, recognise
-from qexport.numerics.packing import pack
+from qexport.numerics.packing import pack, transposed
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.quantize import StoredWeight, assign_rules, stored_weights
 from qexport.recipe import Recipe, recipe_for
@@ -113,7 +113,7 @@ def export(generator: Generator, recipe: Recipe, out: Path, *, overwrite: bool =
             progress("capture", done, len(generator.graphs))
             graphs[spec.name] = capture(spec)
             build.normalise(graphs[spec.name])
-        transposed = {name: build.transposed_parameters(model) for name, model in graphs.items()}
+        flipped = {name: build.transposed_parameters(model) for name, model in graphs.items()}
 
         rows, specs = [], {name: {} for name in graphs}
         refs: dict[str, dict[str, WeightRef]] = {name: {} for name in graphs}
@@ -122,7 +122,7 @@ def export(generator: Generator, recipe: Recipe, out: Path, *, overwrite: bool =
             progress("quantise", done, total)
             if weight.name not in graphs[weight.graph].graph.initializers:
                 continue  # a buffer of the checkpoint that sampling does not need
-            flip = weight.name in transposed[weight.graph]
+            flip = weight.name in flipped[weight.graph]
             for ref in _write(writer, weight, flip):
                 refs[weight.graph][ref.name] = ref
             rows.append(layer_row(weight))
@@ -159,18 +159,18 @@ def export(generator: Generator, recipe: Recipe, out: Path, *, overwrite: bool =
     return Bundle.open(out, check="size")
 
 
-def _write(writer: BundleWriter, weight: StoredWeight, transposed: bool) -> Iterator[WeightRef]:
+def _write(writer: BundleWriter, weight: StoredWeight, flip: bool) -> Iterator[WeightRef]:
     """Append one parameter to the weight file, as the graph wants it."""
     value = weight.value
     if not isinstance(value, QuantizedTensor):
-        array = np.ascontiguousarray(value.T) if transposed else value
+        array = transposed(value) if flip else value
         yield writer.weights.add(weight.name, array, array.dtype.name, array.shape)
         return
-    if not transposed:
+    if not flip:
         raise InputError(
             f"{weight.layer}: the graph does not use this weight as a linear layer; it cannot be quantised"
         )
-    codes = np.ascontiguousarray(value.codes.T)
+    codes = transposed(value.codes)
     dtype = (value.spec.format.onnx_type or "").lower()
     yield writer.weights.add(weight.name, pack(codes, value.spec.format.container_bits).tobytes(), dtype, codes.shape)
     yield writer.weights.add(f"{weight.name}_scale", *_scale(value.scales, value.spec))

@@ -98,12 +98,13 @@ def _stored(name: str, array: np.ndarray, rule: Rule | None) -> QuantizedTensor 
         return get_algorithm(rule.algorithm)(array, rule.weight, name=name)
     if not np.issubdtype(array.dtype, np.floating):
         return array
-    if not np.isfinite(array).all():
+    greatest = np.maximum(-array.min(initial=0), array.max(initial=0))  # both hand on a NaN, and need no temporary
+    if not np.isfinite(greatest):
         raise InputError(f"{name}: holds NaN or infinity; the checkpoint is damaged")
     if array.ndim < 2:
         return array
-    if np.abs(array).max(initial=0) > FP16_MAX:
-        raise InputError(f"{name}: reaches {np.abs(array).max():.3g}, beyond fp16, in which matrices are stored")
+    if greatest > FP16_MAX:
+        raise InputError(f"{name}: reaches {greatest:.3g}, beyond fp16, in which matrices are stored")
     return array.astype(np.float16)
 
 

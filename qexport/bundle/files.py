@@ -84,15 +84,19 @@ def in_reports(relative: str) -> bool:
     return relative.startswith(REPORTS + "/")
 
 
-def sha256_file(path: Path, sync: bool = False) -> str:
-    """SHA-256 of a file in hexadecimal, read in pieces; with `sync` its bytes are also flushed to the disk."""
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
-        if sync:
-            os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Flush the bytes of a file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:

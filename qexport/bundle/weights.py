@@ -7,6 +7,7 @@ copying it. Small tensors (scales, biases) are not worth a page each. Gaps are z
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class WeightRef:
 
 
 class WeightFileWriter:
-    """Appends tensors to one file. Nothing is kept in memory but names, so the file may be larger than memory.
+    """Appends tensors to one file and hashes them on the way. Only names are kept, so it may be larger than memory.
 
     Use it as a context manager, or call `close`.
     """
@@ -60,6 +61,7 @@ class WeightFileWriter:
         """Create (or empty) the file at `path`."""
         self.path = path
         self._file = path.open("wb")
+        self._digest = hashlib.sha256()
         self._end = 0
         self._refs: dict[str, WeightRef] = {}
 
@@ -67,6 +69,11 @@ class WeightFileWriter:
     def refs(self) -> dict[str, WeightRef]:
         """Every tensor written so far, by name, in the order of writing."""
         return dict(self._refs)
+
+    @property
+    def sha256(self) -> str:
+        """Of everything written so far, in hexadecimal."""
+        return self._digest.hexdigest()
 
     def add(self, name: str, data: bytes | np.ndarray, dtype: str, shape: tuple[int, ...]) -> WeightRef:
         """Append one tensor.
@@ -91,8 +98,9 @@ class WeightFileWriter:
             raise ValueError(f"tensor {name!r}: {dtype} {tuple(shape)} needs {nbytes} bytes, got {len(view)}")
         alignment = LARGE_ALIGNMENT_BYTES if nbytes >= LARGE_TENSOR_BYTES else SMALL_ALIGNMENT_BYTES
         padding = -self._end % alignment
-        self._file.write(bytes(padding))
-        self._file.write(view)  # a buffered file hands large writes straight through: no second copy
+        for piece in (bytes(padding), view):
+            self._file.write(piece)  # a buffered file hands large writes straight through: no second copy
+            self._digest.update(piece)
         ref = WeightRef(name, dtype, tuple(shape), self._end + padding, nbytes)
         self._end = ref.offset + nbytes
         self._refs[name] = ref

@@ -19,6 +19,7 @@ from qexport.bundle.files import (
     explain_os_error,
     in_reports,
     sha256_file,
+    sync_file,
     sync_folder,
     walk,
 )
@@ -78,13 +79,12 @@ class BundleWriter:
         """
         self._close_weights()
         files = {
-            name: FileEntry(sha256_file(self.path / name, sync=True), status.st_size)
+            name: FileEntry(self._hash(self.path / name), status.st_size)
             for name, status in walk(self.path)
             if not in_reports(name)
         }
         manifest = replace(manifest, files=files)
-        path = self.write(MANIFEST, manifest.dumps())
-        sha256_file(path, sync=True)
+        sync_file(self.write(MANIFEST, manifest.dumps()))
         for folder in {p.parent for p in self.path.rglob("*")}:
             sync_folder(folder)
         self._publish()
@@ -106,6 +106,12 @@ class BundleWriter:
                 raise RuntimeError("BundleWriter: the block ended without finish()")
         if isinstance(error, OSError):
             raise self._explained(error) from error
+
+    def _hash(self, path: Path) -> str:
+        """SHA-256 of a file that is complete, and on the disk afterwards."""
+        sync_file(path)
+        weights = self._weights
+        return weights.sha256 if weights is not None and weights.path == path else sha256_file(path)
 
     def _close_weights(self) -> None:
         if self._weights is not None:

@@ -48,6 +48,19 @@ def test_codes_are_chosen_for_the_rounded_scale():
     assert quantize_symmetric(w, scales, spec("int4", PerTensor())).tolist() == [[7, 5]]
 
 
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(32), PerGroup(12), PerGroup(5)], ids=str)
+def test_a_weight_of_several_stretches_is_like_its_rows(granularity):
+    w = np.random.default_rng(0).standard_normal((1200, 480), dtype=np.float32)  # 576,000 numbers, worked off in five
+    blocks = w.reshape(*granularity.scale_shape(*w.shape), -1)
+    scales = absmax_scales(w, spec("int4", granularity))
+    assert np.array_equal(scales, (np.abs(blocks).max(axis=-1) / np.float32(7)).astype(np.float16))
+    expected = np.rint(blocks / scales.astype(np.float32)[..., None]).clip(-7, 7).reshape(w.shape)
+    assert np.array_equal(quantize_symmetric(w, scales, spec("int4", granularity)), expected)
+    w[1199, 479] = np.nan
+    with pytest.raises(InputError, match="NaN at row 1199, column 479"):
+        absmax_scales(w, spec("int4", granularity))
+
+
 @pytest.mark.parametrize(
     ("granularity", "expected"),
     [(PerTensor(), [[8]]), (PerChannel(), [[2], [8]]), (PerGroup(2), [[1, 2], [8, 4]])],

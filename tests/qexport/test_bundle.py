@@ -95,6 +95,7 @@ def test_weights_alignment_and_content(tmp_path):
             writer.add("turned", np.arange(6, dtype=np.int32).reshape(2, 3).T, "int32", (3, 2)),
         ]
         assert list(writer.refs.values()) == refs
+    assert writer.sha256 == hashlib.sha256((tmp_path / "w").read_bytes()).hexdigest()
     assert [ref.offset for ref in refs] == [0, 64, 4096, 84_096 + 0, 84_096, 84_160]
     assert [ref.nbytes for ref in refs] == [2, 8, 80_000, 0, 8, 24]
     content = (tmp_path / "w").read_bytes()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qexport.errors import InputError
-from qexport.numerics.packing import pack, unpack
+from qexport.numerics.packing import pack, transposed, unpack
 
 TYPES = {2: onnx.TensorProto.INT2, 4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}
 DTYPES = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
@@ -123,3 +123,13 @@ def test_other_dtypes_and_lengths_are_refused():
 def test_nothing_packs_to_nothing():
     assert pack(np.zeros((0, 4), np.int8), 4).shape == (0,)
     assert unpack(np.zeros(0, np.uint8), 2, (0, 4)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (31, 5), (32, 7), (100, 33), (0, 3)])
+@pytest.mark.parametrize("dtype", [np.int8, np.float16, np.float32])
+def test_transposed_is_the_transpose_in_c_order(shape, dtype):
+    x = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    turned = transposed(x)
+    assert turned.flags.c_contiguous
+    assert turned.dtype == dtype
+    assert np.array_equal(turned, x.T)
