@@ -27,6 +27,7 @@ NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial", re.IGNORECASE)
 
 RANDOM_SUFFIX = "-random"
 _RANDOM_SOURCE = "random weights, seed {}: not a model"
+_RANDOM_LICENCE = "none: random numbers"
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,17 @@ class FeatureExtractor(Protocol):
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How much `verify` does unless it is told otherwise, so that it takes a minute or two on two cores.
+
+    `samples` trajectories are compared; `schedule` is one of the plan's, None for its default.
+    """
+
+    samples: int = 64
+    schedule: str | None = None
+
+
+@dataclass(frozen=True)
 class ModelEntry:
     """One model that can be loaded, for `qexport models` and for messages.
 
@@ -214,7 +226,7 @@ class Generator:
     `layers` maps a layer name (``blocks.3.ffn.fc2``) to (graph, initialiser name) for every matrix (out, in) that a
     recipe may name; `default_layers` are the patterns that the presets quantise. `quality` answers teacher forcing;
     `denoise` does the same for a diffusion model, which draws no tokens.
-    `features`, where there are any, measure generated images.
+    `features`, where there are any, measure generated images; `effort` is what `verify` does by default.
     `checkpoint_sha256` maps the role of each checkpoint file to its hash. `licence` is shown where weights are loaded.
     """
 
@@ -229,6 +241,7 @@ class Generator:
     checkpoint_sha256: Mapping[str, str]
     denoise: DenoiseSpec | None = None
     features: FeatureExtractor | None = None
+    effort: Effort = Effort()
 
     def graph(self, name: str) -> GraphSpec:
         """The graph of that name."""
@@ -304,7 +317,8 @@ def recognise(
 
 def random_entry(entry: ModelEntry, seed: int) -> ModelEntry:
     """`entry` marked, in name and source, as filled with random numbers, so that nobody takes it for a model."""
-    return replace(entry, name=entry.name + RANDOM_SUFFIX, source=_RANDOM_SOURCE.format(seed), bundled=False)
+    source = _RANDOM_SOURCE.format(seed)
+    return replace(entry, name=entry.name + RANDOM_SUFFIX, source=source, licence=_RANDOM_LICENCE, bundled=False)
 
 
 def random_seed(source: str) -> int | None:

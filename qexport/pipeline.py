@@ -12,7 +12,7 @@ import numpy as np
 from qexport.bundle import Bundle, BundleWriter, Manifest, ModelInfo, WeightRef
 from qexport.checkpoint import open_checkpoint
 from qexport.errors import InputError
-from qexport.family import Generator, find_model, load_random, recognise
+from qexport.family import Generator, ModelEntry, find_model, load_random, recognise
 from qexport.numerics.packing import pack, transposed
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.quantize import StoredWeight, assign_rules, stored_weights
@@ -43,6 +43,7 @@ def quantize(
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    loaded: Callable[[ModelEntry], None] | None = None,
 ) -> Bundle:
     """Quantise a model and write its bundle.
 
@@ -56,6 +57,7 @@ def quantize(
         out: folder of the bundle; by default ``./qexport-out/<model>-<scheme>``.
         overwrite: replace a bundle that is there.
         progress: told how far it is.
+        loaded: told which model it is, once its weights are read and before the long part.
 
     Returns:
         The bundle, opened.
@@ -69,6 +71,8 @@ def quantize(
     tell = progress or (lambda stage, done, total: None)
     tell("load", 0, 1)
     generator = load_generator(model, checkpoint, vae_checkpoint, random_weights)
+    if loaded is not None:
+        loaded(generator.entry)
     if recipe is None:
         scheme = scheme or preset()
         recipe = recipe_for(scheme, generator.default_layers, scheme.name)

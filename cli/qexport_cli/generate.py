@@ -12,7 +12,7 @@ import typer
 from qexport.errors import InputError
 from qexport_cli.options import JsonOption, ProviderOption, parse_classes, parse_settings
 from qexport_cli.progress import Report, work
-from qexport_cli.render import print_facts, print_json, print_line, seconds
+from qexport_cli.render import print_facts, print_json, print_line, seconds, warning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +85,8 @@ def generate(
         report("load", 0, 1)
         runtime = load(bundle, provider=provider, threads=threads)
         report("load", 1, 1)
-        count = runtime.bundle.manifest.model.num_classes
+        model = runtime.bundle.manifest.model
+        count = model.num_classes
         turns = parse_classes(classes, count) if classes is not None else list(range(count))
         labels = [turns[i % len(turns)] for i in range(n)]
         start_s = time.perf_counter()
@@ -105,13 +106,14 @@ def generate(
         print_json(
             {
                 "out": str(out), "separate": [str(file) for file in files], "bundle": str(bundle),
-                "model": runtime.bundle.manifest.model.name, "seed": seed, "classes": labels, "inputs": inputs,
+                "model": model.name, "source": model.source, "seed": seed, "classes": labels, "inputs": inputs,
                 "batch": batch, "provider": runtime.provider, "seconds": round(spent_s, 3),
             }
         )  # fmt: skip
         return
     print_facts(
         {
+            **warning(model.source),
             "images": f"{n} in {seconds(spent_s)} on {runtime.provider} ({spent_s / n * 1000:.3g} ms each)",
             "seed": seed,
             **({"separate": f"{len(files)} files in {separate}"} if separate is not None else {}),
@@ -145,6 +147,7 @@ def _texts(runtime: Runtime, labels: list[int], seed: int, inputs: dict[str, Any
     return {
         "Software": "qexport",
         "model": manifest.model.name,
+        "source": manifest.model.source,
         "scheme": manifest.scheme,
         "bundle": manifest.digest,
         "seed": str(seed),

@@ -11,7 +11,18 @@ import typer
 
 from qexport.errors import InputError
 from qexport_cli.options import JsonOption
-from qexport_cli.render import Column, figure, number, print_facts, print_json, print_line, print_table, shape, size
+from qexport_cli.render import (
+    Column,
+    figure,
+    number,
+    print_facts,
+    print_json,
+    print_line,
+    print_table,
+    shape,
+    size,
+    warning,
+)
 
 if TYPE_CHECKING:
     from qexport.inspect import BundleReport, LayerRow
@@ -58,9 +69,10 @@ def inspect(
 def _show_bundle(report: BundleReport) -> None:
     manifest = report.bundle.manifest
     _show_layers(report.layers)
-    facts = {
+    facts: dict[str, object] = {
         "model": f"{manifest.model.name} ({manifest.model.family}), {manifest.model.image_size} pixels, "
         f"{manifest.model.num_classes} classes, {manifest.model.licence}",
+        **(warning(manifest.model.source) or {"weights": manifest.model.source}),
         "scheme": f"{manifest.scheme}, computes in {manifest.dtype}",
         **_totals(manifest.totals),
         "bundle": f"{report.bundle.path} ({size(report.size_bytes)}, {len(manifest.files) + 1} files)",
@@ -75,6 +87,8 @@ def _show_bundle(report: BundleReport) -> None:
     facts["inputs"] = ", ".join(
         spec.name if spec.default is None else f"{spec.name}={spec.default:g}" for spec in manifest.plan.inputs
     )
+    if manifest.plan.schedules:
+        facts["schedule"] = f"{manifest.plan.schedule}; there are {', '.join(manifest.plan.schedules)}"
     print_line()
     print_facts(facts)
 

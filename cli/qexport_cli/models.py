@@ -26,10 +26,13 @@ def models(json: JsonOption = False) -> None:
     """
     with work():  # torch is imported here, and what it prints belongs on stderr
         from qexport_models.checkpoints import checkpoint_folder
+        from qexport_models.published import is_cached
 
         from qexport.family import families
 
         folder = checkpoint_folder()
+        files = {file for family in families() for entry in family.entries if not entry.bundled for file in entry.files}
+        here = {file for file in files if (folder / file).is_file() or is_cached(file)}
         rows: list[dict[str, Any]] = [
             {
                 "name": entry.name,
@@ -41,7 +44,7 @@ def models(json: JsonOption = False) -> None:
                 "source": entry.source,
                 "files": list(entry.files),
                 "bundled": entry.bundled,
-                "missing": [] if entry.bundled else [file for file in entry.files if not (folder / file).is_file()],
+                "missing": [] if entry.bundled else [file for file in entry.files if file not in here],
             }
             for family in families()
             for entry in family.entries
@@ -68,7 +71,7 @@ def models(json: JsonOption = False) -> None:
     print_line()
     print_facts({f"from {i}": origin for i, origin in enumerate(origins, start=1)})
     print_line()
-    print_line(f"files are looked for in {folder}")
+    print_line(f"files are looked for in {folder}, then in the cache of the Hugging Face Hub")
     print_line("(QEXPORT_CHECKPOINTS names another folder, --checkpoint and --vae-checkpoint name single files)")
 
 

@@ -10,14 +10,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qexport.errors import InputError, UnsupportedError
+from qexport.family import random_seed
 from qexport.suggest import nearest
 from qexport_cli.options import CheckpointOption, JsonOption, VaeCheckpointOption
 from qexport_cli.progress import work
-from qexport_cli.render import Column, figure, number, print_facts, print_json, print_line, print_table, seconds, size
+from qexport_cli.render import (
+    Column,
+    figure,
+    number,
+    print_facts,
+    print_json,
+    print_line,
+    print_note,
+    print_table,
+    seconds,
+    size,
+    warning,
+)
 from qexport_cli.resources import peak_memory_bytes
 
 if TYPE_CHECKING:
     from qexport.bundle import Bundle
+    from qexport.family import ModelEntry
     from qexport.recipe import Recipe
     from qexport.scheme import Scheme
 
@@ -28,7 +42,10 @@ COMING_FORMATS = ("fp8", "fp8-e5m2", "fp6", "fp4")
 
 
 def quantize(
-    model: Annotated[str, typer.Option("--model", metavar="NAME", help="A name that `qexport models` lists.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME", help="A name that `qexport models` lists; or --checkpoint tells."),
+    ] = None,
     wbits: Annotated[
         int | None, typer.Option(metavar="BITS", help="Bits of a weight: 2, 3, 4, 8, or 16 to keep them (default 4).")
     ] = None,
@@ -49,6 +66,10 @@ def quantize(
     ] = None,
     checkpoint: CheckpointOption = None,
     vae_checkpoint: VaeCheckpointOption = None,
+    random_weights: Annotated[
+        int | None,
+        typer.Option("--random-weights", metavar="SEED", help="Random numbers instead of weights; engineering only."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to (default ./qexport-out/<model>-<scheme>).")
     ] = None,
@@ -75,9 +96,11 @@ def quantize(
             recipe=layer_by_layer,
             checkpoint=checkpoint,
             vae_checkpoint=vae_checkpoint,
+            random_weights=random_weights,
             out=out,
             overwrite=overwrite,
             progress=report,
+            loaded=lambda entry: _announce(entry, recognised=model is None),
         )
     spent_s = time.perf_counter() - start_s
     figures = _figures(bundle, spent_s)
@@ -85,6 +108,16 @@ def quantize(
         print_json(figures)
     else:
         _show(bundle, figures)
+
+
+def _announce(entry: ModelEntry, recognised: bool) -> None:
+    """What one should know of the weights before anything is made of them."""
+    if recognised:
+        print_note(f"recognised: {entry.name}")
+    if random_seed(entry.source) is not None:
+        print_note(f"warning: {entry.source}")
+    if entry.licence_note:
+        print_note(entry.licence_note)
 
 
 def _choose(choices: Mapping[str, Any], recipe: Path | None) -> tuple[Scheme | None, Recipe | None]:
@@ -120,6 +153,8 @@ def _figures(bundle: Bundle, spent_s: float) -> dict[str, Any]:
     return {
         "bundle": str(bundle.path),
         "model": manifest.model.name,
+        "source": manifest.model.source,
+        "licence": manifest.model.licence,
         "scheme": manifest.scheme,
         "digest": manifest.digest,
         **manifest.totals,
@@ -153,6 +188,7 @@ def _show(bundle: Bundle, figures: Mapping[str, Any]) -> None:
     memory = size(figures["peak_memory_bytes"])
     print_facts(
         {
+            **warning(figures["source"]),
             "layers": f"{figures.get('layers_quantized', 0)} of {figures.get('layers', '?')} quantised",
             "took": seconds(figures["seconds"]) + (f", peak memory {memory}" if memory else ""),
             "bundle": f"{bundle.path} ({size(figures['size_bytes'])})",

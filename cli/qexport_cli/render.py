@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qexport.family import random_seed
+
 PIPE_WIDTH = 120
 """Columns where stdout is no terminal and `COLUMNS` says nothing."""
 
@@ -97,6 +99,16 @@ def print_facts(facts: Mapping[str, object], title: str = "") -> None:
 def print_line(text: str = "") -> None:
     """Print one line as it is; it is never broken, so that a command in it can be copied."""
     console().print(Text(text), soft_wrap=True)
+
+
+def print_note(text: str) -> None:
+    """Print one line on stderr, above a progress bar where there is one."""
+    print(text, file=sys.stderr)
+
+
+def warning(source: str) -> dict[str, Text]:
+    """A fact to show first wherever a bundle is: that its weights are random, if they are."""
+    return {} if random_seed(source) is None else {"WARNING": Text(source, style="bold red")}
 
 
 def print_json(data: Mapping[str, Any]) -> None:

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from qexport.errors import CheckFailedError, InputError
+from qexport.errors import InputError
 from qexport_cli.files import replacing
 from qexport_cli.options import CheckpointOption, JsonOption, ProviderOption, VaeCheckpointOption
 from qexport_cli.progress import work
-from qexport_cli.render import print_json
+from qexport_cli.render import print_json, print_note
 
 
 def verify(
@@ -20,9 +20,15 @@ def verify(
         Path | None, typer.Argument(metavar="[BUNDLE]", help="A bundle; the newest under ./qexport-out if left out.")
     ] = None,
     provider: ProviderOption = "auto",
-    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Trajectories that are compared step by step.")] = 64,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Trajectories that are compared; the model has a default of its own."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 16,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the trajectories.")] = 0,
+    schedule: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Diffusion: schedule of the trajectories, such as ddim-25.")
+    ] = None,
     every: Annotated[int, typer.Option(min=1, metavar="N", help="Compare every n-th step only.")] = 1,
     images: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Real images for the quality figures, not the model's own.")
@@ -58,6 +64,7 @@ def verify(
             samples=samples,
             batch=batch,
             seed=seed,
+            schedule=schedule,
             images=images,
             every=every,
             quality=quality,
@@ -81,7 +88,8 @@ def verify(
 
         show(data, path)
     if not report.passed:
-        raise CheckFailedError(f"{path}: {breach(data)}")
+        print_note(f"error: {path}: {breach(data)}")
+        raise typer.Exit(1)
 
 
 def breach(data: Mapping[str, Any]) -> str:

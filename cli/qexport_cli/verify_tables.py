@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qexport_cli.render import Column, figure, print_facts, print_line, print_table, size
+from qexport_cli.render import Column, figure, print_facts, print_line, print_table, size, warning
 
 CHECK_COLUMNS = (
     Column("check", shorten=True),
@@ -21,6 +21,7 @@ SPEED_COLUMNS = (
     Column("fastest", right=True),
     Column("slowest", right=True),
     Column("ms per image", right=True),
+    Column("runs", right=True),
     Column("of which", fold=True),
 )
 BATCH_PREFIX = "batch_"
@@ -31,7 +32,9 @@ def show(data: Mapping[str, Any], path: Path) -> None:
     checks = data.get("checks", ())
     rows = [(c["name"], _number(c.get("value")), _number(c.get("limit")), c["passed"], c.get("where")) for c in checks]
     print_table(CHECK_COLUMNS, [(*row[:4], row[4] or None) for row in rows])
-    facts = {
+    facts: dict[str, object] = {
+        **warning(str(data.get("source"))),
+        **dict(_trajectories(data)),
         **dict(_quality(data.get("quality") or {})),
         **dict(_placement(data.get("placement") or {})),
         "bits per weight": _number(data.get("bits_per_weight")),
@@ -52,6 +55,14 @@ def show(data: Mapping[str, Any], path: Path) -> None:
         print_line(f"report: {report}")
     held = sum(bool(check["passed"]) for check in checks)
     print_line(f"{path}: {'passed' if data.get('passed') else 'FAILED'}, {held} of {len(checks)} checks hold")
+
+
+def _trajectories(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """How many were compared, and by which schedule: a large model compares few unless told otherwise."""
+    settings = data.get("settings") or {}
+    if data.get("trajectories") and "samples" in settings:
+        by = f" by {settings['schedule']}" if "schedule" in settings else ""
+        yield "trajectories", f"{settings['samples']}{by}, seed {settings.get('seed')} (--samples for another number)"
 
 
 def _quality(quality: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -91,6 +102,7 @@ def _speed(latency: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
             count,
             *(_number(total[key]) for key in ("median", "min", "max")),
             _number(total["median"] / int(count)),
+            total.get("runs"),
             graphs or None,
         )
 

@@ -108,6 +108,19 @@ def fetch(file: str) -> Path:
         raise NotFetchedError(f"not fetched: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
+def is_cached(file: str) -> bool:
+    """Whether a published file or folder lies in the Hub's cache; no network is used."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        return False
+    try:
+        _from_hub(huggingface_hub, PUBLISHED[file], offline=True)
+    except (KeyError, OSError, ValueError):  # not published, or not in the cache
+        return False
+    return True
+
+
 def check_hash(file: str, path: Path, digest_of: Callable[[Path], str]) -> None:
     """Compare a file with the SHA-256 that is known of it: ours, or the one that the Hub stated when it was fetched.
 

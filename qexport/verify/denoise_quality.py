@@ -31,6 +31,7 @@ from qexport.numerics.metrics import relative_l2
 from qexport.runtime import CallRecord, Player
 from qexport.runtime.inputs import label_input
 from qexport.runtime.noise import NoiseStream
+from qexport.verify.differences import Sums
 
 RANGES = 4
 """`output_mse` is also given for each quarter of the timesteps."""
@@ -38,6 +39,7 @@ RANGES = 4
 DEFAULT_BATCH = 50
 
 V = TypeVar("V")
+W = TypeVar("W")
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,11 @@ def play_trajectories(
     labels: np.ndarray,
     *,
     seed: int = 0,
+    first_index: int = 0,
     batch: int = DEFAULT_BATCH,
     inputs: Mapping[str, Any] | None = None,
 ) -> Trajectories:
-    """Sample one image per label, and keep the latents after every step.
+    """Sample one image per label, and keep the latents after every step; image i has noise ``first_index + i``.
 
     For another schedule than the plan's default pass ``player.with_schedule(NAME)``.
 
@@ -193,7 +196,13 @@ def play_trajectories(
 
         given = {**(inputs or {}), port.name: np.asarray(labels[start : start + batch], np.int64)}
         images.append(
-            player.play(given, seed=seed, first_index=start, observer=keep, extra_outputs={spec.graph: (spec.state,)})
+            player.play(
+                given,
+                seed=seed,
+                first_index=first_index + start,
+                observer=keep,
+                extra_outputs={spec.graph: (spec.state,)},
+            )
         )
         parts.append(np.stack(states))
     return Trajectories(np.concatenate(parts, axis=1), np.concatenate(images))
@@ -205,11 +214,54 @@ def trajectory_quality(reference: Trajectories, found: Trajectories) -> Trajecto
     Raises:
         InputError: they are not of the same schedule and labels.
     """
+    _check_alike(reference, found)
+    per_step = tuple(map(relative_l2, found.states, reference.states))
+    return TrajectoryQuality(per_step[-1], per_step, reference.states.shape[1])
+
+
+def compare_trajectories(
+    reference: Player[V],
+    found: Player[W],
+    spec: DenoiseSpec,
+    labels: np.ndarray,
+    *,
+    seed: int = 0,
+    batch: int = DEFAULT_BATCH,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[TrajectoryQuality, np.ndarray, np.ndarray]:
+    """`trajectory_quality` of both players' trajectories, holding the latents of one batch at a time.
+
+    `progress` is told how many images are done.
+
+    Returns:
+        The figures, the reference's images and the other's, (N, 3, side, side) in [0, 1].
+
+    Raises:
+        InputError: the two do not play the same number of steps.
+    """
+    sums: list[Sums] = []
+    images: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for start in range(0, len(labels), batch):
+        part = labels[start : start + batch]
+        wanted = play_trajectories(reference, spec, part, seed=seed, first_index=start, batch=batch)
+        other = play_trajectories(found, spec, part, seed=seed, first_index=start, batch=batch)
+        _check_alike(wanted, other)
+        sums = sums or [Sums() for _ in wanted.states]
+        for total, ours, theirs in zip(sums, other.states, wanted.states, strict=True):
+            total.add(ours, theirs)
+        images[0].append(wanted.images)
+        images[1].append(other.images)
+        if progress is not None:
+            progress(start + len(part))
+    per_step = tuple(total.relative_l2 for total in sums)
+    quality = TrajectoryQuality(per_step[-1], per_step, len(labels))
+    return quality, np.concatenate(images[0]), np.concatenate(images[1])
+
+
+def _check_alike(reference: Trajectories, found: Trajectories) -> None:
     if reference.states.shape != found.states.shape:
         shapes = f"{found.states.shape} and {reference.states.shape}"
         raise InputError(f"trajectories of shapes {shapes} (steps, images, …) cannot be compared")
-    per_step = tuple(map(relative_l2, found.states, reference.states))
-    return TrajectoryQuality(per_step[-1], per_step, reference.states.shape[1])
 
 
 def _batches(array: np.ndarray, batch: int) -> list[np.ndarray]:

@@ -15,6 +15,9 @@ import numpy as np
 
 from qexport.plan import Dim
 
+CHUNK = 1 << 13
+"""Numbers that are widened to float64 at a time: 64 KiB, below what wakes the threads of BLAS for a dot product."""
+
 _NUMBER = re.compile(r"\d+")
 
 
@@ -35,11 +38,13 @@ class Sums:
         """Add all elements of two arrays of the same shape; NaN stays NaN."""
         if not wanted.size:
             return
-        reference = wanted.astype(np.float64)
-        difference = found.astype(np.float64) - reference
-        self.error += float(np.vdot(difference, difference))
-        self.power += float(np.vdot(reference, reference))
-        self.max_abs = float(np.fmax.reduce([self.max_abs, np.abs(difference).max()]))
+        flat, flat_wanted = found.reshape(-1), wanted.reshape(-1)
+        for start in range(0, wanted.size, CHUNK):  # a cache of gigabytes must not be held thrice over in float64
+            reference = flat_wanted[start : start + CHUNK].astype(np.float64)
+            difference = flat[start : start + CHUNK] - reference
+            self.error += float(np.vdot(difference, difference))
+            self.power += float(np.vdot(reference, reference))
+            self.max_abs = float(np.fmax.reduce([self.max_abs, np.abs(difference).max()]))
 
     @property
     def relative_l2(self) -> float:

@@ -27,9 +27,10 @@ def verify(
     *,
     generator: Generator | None = None,
     provider: str = "auto",
-    samples: int = 64,
+    samples: int | None = None,
     batch: int = 16,
     seed: int = 0,
+    schedule: str | None = None,
     images: str | Path | None = None,
     every: int = 1,
     quality: bool = False,
@@ -49,8 +50,11 @@ def verify(
         generator: the full-precision model, if it is loaded already; it is not changed.
         provider: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         samples: trajectories that are compared step by step, and samples for the quality figures without `images`.
+            None takes what the model says of itself (`qexport.family.Effort`); the report states the number.
         batch: most images at a time; bounds the memory.
         seed: of trajectories, drawn samples and generated images.
+        schedule: by which of the plan's schedules trajectories run; None takes what the model says of itself, or else
+            the plan's default.
         images: real images for the quality figures: an .npz or a folder (see `qexport.verify.images`).
         every: take every n-th of them only.
         quality: also generate `fd_images` images and measure their Fréchet distance.
@@ -67,11 +71,11 @@ def verify(
         InputError: there is no bundle, the images cannot be read, or the provider cannot be used. A damaged bundle is a
             failed check and not an error.
     """
-    if samples < 1 or batch < 1:
+    if batch < 1 or (samples is not None and samples < 1):
         raise InputError(f"{samples} samples in batches of {batch}; both must be at least 1")
     chosen = choose_provider(provider)
     report = VerifyReport(bundle=str(bundle_path), environment=describe_environment(chosen))
-    report.settings = {"samples": samples, "batch": batch, "seed": seed, "provider": chosen}
+    report.settings = {"batch": batch, "seed": seed, "provider": chosen}
     tell = progress or (lambda stage, done, total: None)
     tell("integrity", 0, 1)
     try:
@@ -79,16 +83,21 @@ def verify(
     except BundleError as error:
         report.checks.append(failed("integrity", Place(node=str(error).partition(":")[0]), str(error)))
         return report
-    ladder = Rungs(bundle, chosen, report, tell, samples, batch, seed)
+    if schedule is not None:
+        bundle.plan.with_schedule(schedule)  # an unknown one is said before the slow part
+    ladder = Rungs(bundle, chosen, report, tell, batch, seed)
     info = bundle.manifest.model
     given = open_images(images, size=info.image_size, num_classes=info.num_classes, every=every) if images else None
     models = ladder.load(generator, checkpoint, vae_checkpoint)
+    ladder.choose_effort(models, samples, schedule)
+    if max_kl is not None and models is not None and models.full.draw is None:
+        raise InputError(f"a limit on KL has no meaning for {info.name}, which draws no tokens; leave it out")
     ladder.weights(models)
     ladder.trajectories(models)
     ladder.placement()
     ladder.quality(models, given, max_kl)
     if quality or max_fd is not None:
-        ladder.frechet(models, fd_images, max_fd)
+        ladder.frechet(models, fd_images, max_fd, schedule)
     if speed:
         ladder.speed()
     if reports:

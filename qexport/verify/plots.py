@@ -28,18 +28,19 @@ _STYLE: dict[Any, Any] = {
 _SIZE_INCHES = (5.6, 2.9)
 
 
-def error_plot(series: Mapping[str, Sequence[float]], limit: float) -> str:
-    """Relative L2 of each call, one line a port group, on a logarithmic axis with the limit drawn in."""
+def error_plot(series: Mapping[str, Sequence[float]], limit: float | None) -> str:
+    """Relative L2 of each call, one line a port group, on a logarithmic axis with the limit drawn in, if any."""
     with rc_context(_STYLE):
         figure, axes = _axes("call of the graph", "relative L2")
         for (name, values), colour in zip(series.items(), COLOURS * 8, strict=False):
             shown = [max(v, 1e-12) for v in values]
             axes.plot(range(len(shown)), shown, marker="o", markersize=3.5, linewidth=1.6, color=colour, label=name)
-        axes.axhline(limit, color=LIMIT, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f"limit {limit:g}", (1, limit), xycoords=("axes fraction", "data"), xytext=(-4, -10),
-            textcoords="offset points", ha="right", color=LIMIT, fontsize=8,
-        )  # fmt: skip
+        if limit is not None:
+            axes.axhline(limit, color=LIMIT, linewidth=1.2, linestyle=(0, (4, 3)))
+            axes.annotate(
+                f"limit {limit:g}", (1, limit), xycoords=("axes fraction", "data"), xytext=(-4, -10),
+                textcoords="offset points", ha="right", color=LIMIT, fontsize=8,
+            )  # fmt: skip
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(10, numticks=8))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -47,10 +48,12 @@ def error_plot(series: Mapping[str, Sequence[float]], limit: float) -> str:
         return _svg(figure)
 
 
-def bar_plot(values: Sequence[float], label: str, colour: str = COLOURS[0], top: float | None = None) -> str:
-    """One bar for each scale, its value above it."""
+def bar_plot(
+    values: Sequence[float], label: str, colour: str = COLOURS[0], top: float | None = None, x: str = "scale"
+) -> str:
+    """One bar for each `x`, numbered from 1, its value above it."""
     with rc_context(_STYLE):
-        figure, axes = _axes("scale", label)
+        figure, axes = _axes(x, label)
         bars = axes.bar(range(1, len(values) + 1), values, color=colour, width=0.62)
         if len(values) <= 12:
             axes.bar_label(bars, fmt="{:.3g}", padding=2, fontsize=8, color=INK)

@@ -16,6 +16,7 @@ from qexport.verify.checks import Check, Skipped
 class VerifyReport:
     """Everything that `verify` found; `to_json` is what goes into ``reports/verify.json``.
 
+    `source` is where the weights are from, as the manifest says; `qexport.family.random_seed` tells random ones.
     `error_per_call` maps "graph/port group" to the relative L2 of each call; `layers` are the manifest's rows, with the
     `fused_form` that was measured; `pictures` maps a title to images (n, 3, H, W) in [0, 1] of the same seeds, for the
     HTML report only. `latency_ms` and `bits_per_weight` are None where they could not be measured.
@@ -23,6 +24,7 @@ class VerifyReport:
 
     bundle: str
     model: str = ""
+    source: str = ""
     scheme: str = ""
     digest: str = ""
     checks: list[Check] = field(default_factory=list)
@@ -57,6 +59,7 @@ class VerifyReport:
             "passed": self.passed,
             "bundle": self.bundle,
             "model": self.model,
+            "source": self.source,
             "scheme": self.scheme,
             "digest": self.digest,
             "checks": [check.to_json() for check in self.checks],

@@ -7,6 +7,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from qexport.family import random_seed
 from qexport.verify.limits import FP32_LOGITS_RELATIVE_L2
 from qexport.verify.plots import COLOURS, bar_plot, error_plot, png_data
 from qexport.verify.report import VerifyReport
@@ -36,7 +37,9 @@ def _head(data: Mapping[str, Any]) -> str:
         if not failures
         else f"{len(failures)} of {len(data['checks'])} checks failed"
     )
-    return (
+    random = random_seed(data["source"]) is not None
+    banner = f'<div class="note warning"><b>{escape(data["source"])}</b></div>' if random else ""
+    return banner + (
         f'<header><div><p class="kicker">qexport verify</p><h1>{escape(data["model"])} '
         f'<span>{escape(data["scheme"])}</span></h1><p class="path">{escape(data["bundle"])} · '
         f"digest {escape(data['digest'][:16])}</p></div>"
@@ -57,6 +60,11 @@ def _tiles(data: Mapping[str, Any]) -> str:
         tiles.append(
             ("top-1 agreement", f"{quality['top1_agreement']:.1%}", f"top-900 {quality['top900_agreement']:.1%}")
         )
+    if "output_mse" in quality:
+        note = f"relative to the output's power, {quality['n_output']} noisy latents"
+        tiles.append(("output error", _number(quality["output_mse"]), note))
+        note = f"relative L2 of final latents, {quality['n']} trajectories"
+        tiles.append(("trajectory error", _number(quality["trajectory_error"]), note))
     if "fd" in quality:
         fd = quality["fd"]
         tiles.append(
@@ -101,10 +109,11 @@ def _pictures(report: VerifyReport) -> str:
     for title, images in report.pictures.items():
         cells = "".join(f'<img alt="" src="{png_data(image)}">' for image in images)
         rows.append(f"<div><small>{escape(title)}</small><p>{cells}</p></div>")
-    seed = report.settings.get("seed")
+    seed, schedule = report.settings.get("seed"), report.settings.get("schedule")
+    by = f", schedule {schedule}" if schedule else ""
     return _section(
         "The same seeds on every side", f'<div class="pictures">{"".join(rows)}</div>',
-        f"Seed {seed}, one class after another. The second and the third row must be the same.",
+        f"Seed {seed}{by}, one class after another. The second and the third row must be the same.",
     )  # fmt: skip
 
 
@@ -123,11 +132,17 @@ def _plots(data: Mapping[str, Any]) -> str:
         for number, name in enumerate(("top1_agreement", "top900_agreement"), start=1):
             title = f"{name.removesuffix('_agreement').capitalize()} agreement by scale"
             plots.append((title, bar_plot(scales[name], "share", COLOURS[number], 1.08)))
+    quality = data["quality"]
+    if "per_step" in quality:
+        series = {"latents": quality["per_step"]}
+        plots.append(("Quantised against full precision: latents after each step", error_plot(series, None)))
+        bars = bar_plot(quality["per_range"], "relative squared error", x="quarter of the timesteps, least noisy first")
+        plots.append(("Output error by timestep", bars))
     if not plots:
         return ""
     figures = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in plots)
     return _section(
-        "Error and quality, scale by scale", f'<div class="plots">{figures}</div>', data["quality"].get("source", "")
+        "Error and quality, step by step", f'<div class="plots">{figures}</div>', data["quality"].get("source", "")
     )
 
 
@@ -173,6 +188,7 @@ def _speed(data: Mapping[str, Any]) -> str:
             name.removeprefix("batch_"),
             escape(graph),
             *(f"<span class=n>{v[key]:.2f}</span>" for key in ("median", "min", "max")),
+            f"<span class=n>{v['runs']}</span>",
         )
         for name, graphs in latency.items()
         if name.startswith("batch_")
@@ -181,10 +197,14 @@ def _speed(data: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     peak = data["peak_memory_bytes"]
-    note = f"{latency['runs']} runs after {latency['warm_up']} to warm up, {latency['provider']}, under serve."
+    note = f"After {latency['warm_up']} run to warm up, {latency['provider']}, under serve."
+    if latency.get("schedule"):
+        note += f" Schedule {latency['schedule']}."
     if peak:
         note += f" Peak memory of the whole verification, torch included: {peak / _MIB:,.0f} MiB."
-    return _section("Speed, milliseconds a batch", _table(("batch", "graph", "median", "min", "max"), rows), note)
+    return _section(
+        "Speed, milliseconds a batch", _table(("batch", "graph", "median", "min", "max", "runs"), rows), note
+    )
 
 
 def _footer(data: Mapping[str, Any]) -> str:

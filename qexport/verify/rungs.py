@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
+
 from qexport.bundle import Bundle
 from qexport.errors import BundleError, UnsupportedError
-from qexport.family import Generator
+from qexport.family import Effort, Generator
 from qexport.runtime import Runtime, load
 from qexport.runtime.runtime import quant_traits
 from qexport.verify.checks import NOWHERE, Place, Progress, Skipped, at_most, failed
+from qexport.verify.denoise_rung import DenoiserQuality, measure_denoiser
 from qexport.verify.fd import measure_fd
 from qexport.verify.images import ImageSet
 from qexport.verify.limits import Limits, limits_for
@@ -21,7 +24,7 @@ from qexport.verify.placement import HEAVY_OPS, Placement, measure_placement
 from qexport.verify.quality import Quality, drawn_by, measure_quality, runtime_student, tokens_of
 from qexport.verify.reference import Models, check_plan, load_models
 from qexport.verify.report import VerifyReport
-from qexport.verify.speed import measure_speed, peak_memory_bytes
+from qexport.verify.speed import BUDGET_S, measure_speed, peak_memory_bytes
 from qexport.verify.torch_backend import torch_player
 from qexport.verify.trajectory import TrajectoryResult, compare_trajectories, label_inputs, labels_for
 from qexport.verify.trajectory_checks import trajectory_checks
@@ -37,12 +40,15 @@ class Rungs:
     """Climbs the rungs over one bundle; sessions are made once for each option set."""
 
     def __init__(
-        self, bundle: Bundle, provider: str, report: VerifyReport, tell: Progress, samples: int, batch: int, seed: int
+        self, bundle: Bundle, provider: str, report: VerifyReport, tell: Progress, batch: int, seed: int
     ) -> None:
         self.bundle, self.provider, self.report, self.tell = bundle, provider, report, tell
-        self.samples, self.batch, self.seed = samples, batch, seed
+        self.batch, self.seed = batch, seed
+        self.effort = Effort()
         self._runtimes: dict[str, Runtime | None] = {}
+        self._drawn: tuple[np.ndarray, np.ndarray] | None = None
         manifest = bundle.manifest
+        report.source = manifest.model.source
         report.model, report.scheme, report.digest = manifest.model.name, manifest.scheme, manifest.digest
         report.totals, report.size_bytes = manifest.totals, bundle.size_bytes
         report.bits_per_weight = manifest.totals.get("bits_per_weight_quantized") or manifest.totals.get(
@@ -60,6 +66,15 @@ class Rungs:
             self.skip("weights, trajectories, quality", models)
             return None
         return models
+
+    def choose_effort(self, models: Models | None, samples: int | None, schedule: str | None) -> None:
+        """What was asked for, else what the model says of itself."""
+        known = models.full.effort if models else Effort()
+        plan = self.bundle.plan
+        default = known.schedule if known.schedule in plan.schedules else None
+        self.effort = Effort(samples or known.samples, schedule or default)
+        played = self.effort.schedule or plan.schedule
+        self.report.settings |= {"samples": self.effort.samples, **({"schedule": played} if played else {})}
 
     def weights(self, models: Models | None) -> None:
         """Are the layers quantised, and do the files hold what the reference computes with?"""
@@ -99,9 +114,10 @@ class Rungs:
         return compare_trajectories(
             reference,
             runtime.player,
-            samples=self.samples,
+            samples=self.effort.samples,
             batch=self.batch,
             seed=self.seed,
+            schedule=self.effort.schedule,
             pictures=PICTURES,
             progress=lambda done, total: self.tell("trajectories", done, total),
         )
@@ -146,16 +162,27 @@ class Rungs:
         if found is None:
             return
         self.report.quality.update(found.to_json())
-        if max_kl is not None:
+        if isinstance(found, DenoiserQuality):
+            self._drawn = found.full, found.quantised
+        elif max_kl is not None:
             detail = f"{found.source}, under serve"
             self.report.checks.append(at_most("KL(fp‖quantised)", found.figures["kl"], max_kl, NOWHERE, detail, "nats"))
 
-    def measure(self, models: Models, runtime: Runtime, images: ImageSet | None) -> Quality:
-        """See `measure_quality`."""
-        full = models.full
+    def measure(self, models: Models, runtime: Runtime, images: ImageSet | None) -> Quality | DenoiserQuality:
+        """See `measure_quality` and `measure_denoiser`."""
+        full, samples = models.full, self.effort.samples
         if full.draw is None:
-            raise UnsupportedError(f"{full.entry.name} draws no tokens")
-        count = len(images) if images else self.samples
+            return measure_denoiser(
+                full,
+                runtime.player,
+                images,
+                samples=samples,
+                seed=self.seed,
+                batch=self.batch,
+                schedule=self.effort.schedule,
+                progress=lambda done: self.tell("quality", done, samples),
+            )
+        count = len(images) if images else samples
         batches = tokens_of(full, images, self.batch) if images else drawn_by(full, count, self.seed, self.batch)
         return measure_quality(
             full,
@@ -167,8 +194,8 @@ class Rungs:
             progress=lambda done: self.tell("quality", done, count),
         )
 
-    def frechet(self, models: Models | None, count: int, max_fd: float | None) -> None:
-        """FD of generated images, under ``serve``."""
+    def frechet(self, models: Models | None, count: int, max_fd: float | None, schedule: str | None) -> None:
+        """FD of generated images, under ``serve``, by the plan's schedule unless another was asked for."""
         runtime = self.runtime("serve")
         extractor = models.full.features if models else None
         if runtime is None or models is None:
@@ -176,11 +203,12 @@ class Rungs:
         if extractor is None:
             self.skip("FD", f"{models.full.entry.name} has no feature extractor")
             return
-        calls = runtime.player.calls
+        calls = (runtime.player.with_schedule(schedule) if schedule else runtime.player).calls
         batches = runtime.batches(
             labels_for(count, models.full.entry.num_classes),
             seed=self.seed,
             batch=self.batch,
+            schedule=schedule,
             progress=lambda done, total: self.tell("FD", done // calls, total // calls),
         )
         found = self.attempt("FD", lambda: measure_fd(batches, extractor, self.seed))
@@ -195,9 +223,11 @@ class Rungs:
         """Latency under ``serve``, and peak memory."""
         self.tell("speed", 0, 1)
         runtime = self.runtime("serve")
-        speed = self.attempt("speed", lambda: measure_speed(runtime)) if runtime else None
+        speed = self.attempt("speed", lambda: measure_speed(runtime, self.effort.schedule)) if runtime else None
         if speed is not None:
             self.report.latency_ms = speed.to_json()
+            for size in speed.left_out:
+                self.skip(f"speed of batch {size}", f"it would take more than {BUDGET_S:.0f} s")
         self.report.peak_memory_bytes = peak_memory_bytes()
 
     def pictures(self, models: Models | None) -> None:
@@ -205,10 +235,13 @@ class Rungs:
         runtime = self.runtime("serve")
         if models is None or runtime is None or not self.report.pictures:
             return
-        count = min(PICTURES, self.samples, self.batch)
-        inputs = label_inputs(self.bundle.plan, labels_for(count, models.full.entry.num_classes))
-        full = torch_player(models.full).play(inputs, seed=self.seed)
-        serve = self.attempt("pictures", lambda: runtime.player.play(inputs, seed=self.seed))
+        count = min(PICTURES, self.effort.samples, self.batch)
+        if self._drawn is not None:
+            full, serve = (images[:count] for images in self._drawn)
+        else:
+            inputs = label_inputs(self.bundle.plan, labels_for(count, models.full.entry.num_classes))
+            full = torch_player(models.full).play(inputs, seed=self.seed)
+            serve = self.attempt("pictures", lambda: runtime.player.play(inputs, seed=self.seed))
         self.report.pictures = {"torch, full precision": full, **self.report.pictures}
         if serve is not None:
             self.report.pictures["ONNX Runtime, serve"] = serve

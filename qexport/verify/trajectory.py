@@ -107,6 +107,7 @@ def compare_trajectories(
     samples: int,
     batch: int,
     seed: int,
+    schedule: str | None = None,
     pictures: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrajectoryResult:
@@ -118,6 +119,7 @@ def compare_trajectories(
         samples: trajectories in all; trajectory i has the class i modulo the number of classes.
         batch: most at a time.
         seed: of the noise.
+        schedule: one of the plan's; None takes the default.
         pictures: keep the images of so many of the first batch's trajectories.
         progress: told (trajectories done, in all).
 
@@ -127,8 +129,11 @@ def compare_trajectories(
     result = TrajectoryResult()
     labels = labels_for(samples, reference.entry.num_classes)
     batch = min(batch, _images_that_fit(reference))
+    torch = torch_player(reference)
+    if schedule is not None:
+        torch, player = torch.with_schedule(schedule), player.with_schedule(schedule)
     for start in range(0, samples, batch):
-        run = _Batch(reference, player, result, start)
+        run = _Batch(reference, torch, player, result, start)
         wanted, found = run.play(labels[start : start + batch], seed)
         if start == 0 and pictures:
             result.pictures["torch, quantised"] = wanted[:pictures]
@@ -159,10 +164,22 @@ class _Drawn:
 
 
 class _Batch:
-    def __init__(self, reference: Generator, player: Player[OrtValue], result: TrajectoryResult, first: int) -> None:
+    def __init__(
+        self,
+        reference: Generator,
+        torch: Player[Tensor],
+        player: Player[OrtValue],
+        result: TrajectoryResult,
+        first: int,
+    ) -> None:
         self.draw = reference.draw
+        self.extra: dict[str, tuple[str, ...]] = {}
+        if reference.draw is not None:
+            self.extra[reference.draw.graph] = (reference.draw.logits, reference.draw.tokens)
+        if reference.denoise is not None:
+            self.extra[reference.denoise.graph] = (reference.denoise.output,)
         self.player, self.result, self.first = player, result, first
-        self.torch = torch_player(reference)
+        self.torch = torch
         self.shapes = {spec.name: {port.name: port.shape for port in spec.outputs} for spec in reference.graphs}
         self.drawn: dict[tuple[int, int], _Drawn] = {}
         self.same = np.zeros(0, np.bool_)
@@ -170,12 +187,13 @@ class _Batch:
     def play(self, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Both comparisons for one batch; returns the reference's images and those of the free run."""
         inputs = label_inputs(self.player.plan, labels)
-        extra = {self.draw.graph: (self.draw.logits, self.draw.tokens)} if self.draw else {}
         wanted = self.torch.play(
-            inputs, seed=seed, first_index=self.first, observer=self._teacher_forced, extra_outputs=extra
+            inputs, seed=seed, first_index=self.first, observer=self._teacher_forced, extra_outputs=self.extra
         )
         self.same = np.ones(len(labels), np.bool_)
-        found = self.player.play(inputs, seed=seed, first_index=self.first, observer=self._free, extra_outputs=extra)
+        found = self.player.play(
+            inputs, seed=seed, first_index=self.first, observer=self._free, extra_outputs=self.extra
+        )
         free = self.result.free
         free.trajectories += len(labels)
         free.identical += int(self.same.sum())

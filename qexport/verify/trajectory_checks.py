@@ -31,27 +31,21 @@ def trajectory_checks(result: TrajectoryResult, limits: Limits, plan: Plan, draw
         checks.append(at_most(f"{graph} {group}: relative L2", value, limit, place, detail))
     if draw is not None and result.draws.total:
         checks += _draw_checks(result, limits)
-    free = result.free
-    detail = f"{free.identical} of {free.trajectories} free trajectories have identical tokens"
-    if free.diverged:
-        detail += f", {free.diverged} part after an excused draw"
-    checks.append(
-        at_most(
-            "free trajectories that part without excuse",
-            free.unexcused,
-            UNEXCUSED_DRAWS,
-            free.place,
-            detail,
-            "trajectories",
-        )
-    )
+    return checks + _free_checks(result, limits, draw)
+
+
+def _free_checks(result: TrajectoryResult, limits: Limits, draw: DrawSpec | None) -> list[Check]:
+    free, checks = result.free, []
+    detail = f"{free.trajectories} free trajectories, each of all steps"
+    if draw is not None:
+        detail = f"{free.identical} of {free.trajectories} free trajectories have identical tokens"
+        if free.diverged:
+            detail += f", {free.diverged} part after an excused draw"
+        name = "free trajectories that part without excuse"
+        checks.append(at_most(name, free.unexcused, UNEXCUSED_DRAWS, free.place, detail, "trajectories"))
     if free.identical:
-        place = Place(node=f"trajectory {free.worst_image}")
-        checks.append(
-            at_most(
-                "free images: largest difference", free.image_max_abs, limits.image_max_abs, place, detail, "of [0, 1]"
-            )
-        )
+        name, place = "free images: largest difference", Place(node=f"trajectory {free.worst_image}")
+        checks.append(at_most(name, free.image_max_abs, limits.image_max_abs, place, detail, "of [0, 1]"))
     return checks
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from qexport_cli import failures, main
 
-from qexport.errors import CheckFailedError, InputError
+from qexport.errors import InputError
 
 WITHOUT_EXPORT = """
 import sys
@@ -26,7 +26,6 @@ sys.meta_path.insert(0, Block())
     ("error", "code", "line"),
     [
         (InputError("no such thing; do that"), 2, "error: no such thing; do that"),
-        (CheckFailedError("too far off"), 1, "error: too far off"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "error: /x/y: no space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: /x: permission denied"),

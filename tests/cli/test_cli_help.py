@@ -41,7 +41,6 @@ def test_help_of_a_command_fits_eighty_columns(run, monkeypatch, name):
     [
         (["frobnicate"], "frobnicate"),
         (["quantise"], "quantize"),
-        (["quantize"], "--model"),
         (["quantize", "--modle", "x"], "--model"),
         (["quantize", "--model", "x", "--wbits", "four"], "--wbits"),
         (["models", "surplus"], "surplus"),

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-import tomllib
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,61 +9,35 @@ from safetensors.torch import save_file
 
 from qexport.checkpoint import open_checkpoint
 from qexport.errors import CheckpointError
-from qexport.family import ENTRY_POINT_GROUP, families, find_model, load_random, recognise
+from qexport.family import families, find_model, load_random, recognise
 from qexport.pipeline import export, quantize
 from qexport.quantize import apply_stored, stored_weights
 from qexport.recipe import recipe_for
 from qexport.runtime import load
 from qexport.scheme import preset
 
-PLUGIN = Path(__file__).parents[1] / "plugin"
-
 PARITY = 1e-5
 """One float32 MLP against another through a sigmoid: a few dozen roundings of 6e-8."""
 
 
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """What `pip install tests/plugin` would leave on the path, without pip: the package and its entry points."""
-    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
-    info = tmp_path / "site" / f"qexport_ink-{project['version']}.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    points = project["entry-points"][ENTRY_POINT_GROUP]
-    lines = [f"[{ENTRY_POINT_GROUP}]", *(f"{name} = {value}" for name, value in points.items())]
-    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    for path in (info.parent, PLUGIN):
-        monkeypatch.syspath_prepend(str(path))
-    yield importlib.import_module("qexport_ink")
-    sys.modules.pop("qexport_ink")
-
-
-@pytest.fixture
-def checkpoint(installed, tmp_path) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path / "trained.pt"
-    torch.save({"ema": installed.Ink().state_dict()}, path)
-    return path
-
-
-def test_family_is_found_and_recognised(installed, checkpoint):
+def test_family_is_found_and_recognised(installed, ink_file):
     assert "ink" in [family.name for family in families()]
     family, entry = find_model("ink-8")
     assert family is installed.FAMILY
-    assert recognise(open_checkpoint(checkpoint).shapes) == entry
+    assert recognise(open_checkpoint(ink_file).shapes) == entry
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantise_and_play(installed, checkpoint, tmp_path, bits):
+def test_quantise_and_play(installed, ink_file, tmp_path, bits):
     scheme = preset(bits)
-    bundle = quantize("ink-8", scheme=scheme, checkpoint=str(checkpoint), out=tmp_path / "bundle")
+    bundle = quantize("ink-8", scheme=scheme, checkpoint=str(ink_file), out=tmp_path / "bundle")
     assert bundle.manifest.model.name == "ink-8"
     assert bundle.manifest.totals["layers_quantized"] == 4
     labels = np.arange(installed.CLASSES)
     images = load(bundle.path, provider="cpu", options="exact").generate(labels, seed=5)
 
     family, entry = find_model("ink-8")
-    generator = family.load(entry, str(checkpoint), None)
+    generator = family.load(entry, str(ink_file), None)
     noise = [np.random.Generator(np.random.Philox(key=np.array([5, i], dtype=np.uint64))) for i in labels]
     z_BZ = torch.from_numpy(np.stack([one.standard_normal(installed.NOISE, dtype=np.float32) for one in noise]))
     painted = generator.graphs[0].module

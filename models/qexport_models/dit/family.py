@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qexport.family import DenoiseSpec, Family, Generator, ModelEntry, random_entry
+from qexport.family import DenoiseSpec, Effort, Family, Generator, ModelEntry, random_entry
 from qexport_models.autoencoder_kl.config import KLVAE_C10, SD_VAE
 from qexport_models.autoencoder_kl.decode import Decode
 from qexport_models.autoencoder_kl.load import build_autoencoder_kl
@@ -42,6 +42,10 @@ DEFAULT_LAYERS = ("blocks.*",)
 C10_CLASSES = 10
 BUNDLED = ("dit-c10-d2", "dit-c10-d3", "dit-c10-d4")
 PUBLISHED = ("dit-xl-2-256", "dit-xl-2-512")
+EFFORT = Effort(samples=1, schedule="ddpm-10")
+"""Of the published sizes: 250 steps of DiT-XL/2 take two cores ten minutes an image, on each of five sides."""
+
+C10_EFFORT = Effort(samples=32)
 SD_VAE_FILE = "sd-vae-ft-ema/diffusion_pytorch_model.safetensors"
 LICENCE = "CC-BY-NC-4.0: non-commercial use only, of the weights and of what is made from them"
 
@@ -133,6 +137,7 @@ def assemble(entry: ModelEntry, dit: DiT, vae: AutoencoderKL, hashes: Mapping[st
         checkpoint_sha256=hashes,
         features=Cifar10Features() if entry.bundled else None,
         denoise=DenoiseSpec("denoise", DiTQuality(dit, vae), state=STATE_PORT, output=OUTPUT_PORT),
+        effort=C10_EFFORT if config.num_classes == C10_CLASSES else EFFORT,
     )
 
 

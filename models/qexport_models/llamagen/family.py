@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qexport.family import DrawSpec, Family, Generator, ModelEntry
-from qexport_models.checkpoints import locate, read_state, sha256
+from qexport.family import DrawSpec, Effort, Family, Generator, ModelEntry, random_entry
+from qexport_models.checkpoints import VAE_OPTION, companion, locate, read_state, sha256
 from qexport_models.llamagen.config import GPT_CONFIGS, VQ_CONFIGS
 from qexport_models.llamagen.decode import Decode
 from qexport_models.llamagen.model import GPT
 from qexport_models.llamagen.sampling_plan import graphs, plan, tables
 from qexport_models.llamagen.token_step import TokenStep
 from qexport_models.llamagen.vq import VQ
+from qexport_models.published import with_commits
+from qexport_models.random_weights import Fan, Normal, Rules, build_random
+from qexport_models.recognise import recognise_llamagen
 from qexport_models.strict_load import build_strict
 
 LAYER_MATRICES = (
@@ -26,8 +29,12 @@ LAYER_MATRICES = (
 )
 OTHER_MATRICES = ("output",)
 DEFAULT_LAYERS = ("layers.*",)
+PUBLISHED_LENGTH = 256
 TOKENIZER = "vq-16"
 TOKENIZER_FILE = "vq_ds16_c2i.pt"
+
+EFFORT = Effort(samples=2)
+"""Of the published ones: each step of the loop reads every weight, so two images take as long as many."""
 
 DEFAULT_CFG = 2.0
 """Guidance of a model whose entry names none."""
@@ -76,11 +83,31 @@ def load(entry: ModelEntry, checkpoint: str | None, vae_checkpoint: str | None) 
     config, vq_config = entry.config["gpt"], entry.config["vq"]
     paths = {
         "model": locate(entry, entry.files[0], checkpoint, "--checkpoint"),
-        "vae": locate(entry, entry.files[1], vae_checkpoint, "--vae-checkpoint"),
+        "vae": locate(entry, entry.files[1], vae_checkpoint or companion(checkpoint), VAE_OPTION),
     }
     gpt = build_strict(lambda: GPT(config), read_state(paths["model"]), f"{entry.name} ({paths['model'].name})")
-    vq = build_strict(lambda: VQ(vq_config), read_state(paths["vae"]), f"its VQ tokeniser ({paths['vae'].name})")
-    return assemble(entry, gpt, vq, {role: sha256(path) for role, path in paths.items()})
+    vq = build_strict(lambda: VQ(vq_config), read_state(paths["vae"], "vae"), f"its VQ tokeniser ({paths['vae'].name})")
+    return assemble(with_commits(entry, paths), gpt, vq, {role: sha256(path) for role, path in paths.items()})
+
+
+RANDOM_GPT: Rules = (
+    (r"(tok_embeddings|embedding_table)\.weight$", Normal(0.5)),
+    (r"^output\.weight$", Fan(2.0)),
+)
+"""Classes and tokens that differ, and logits that spread by about 2, as trained ones do."""
+
+RANDOM_VQ: Rules = (
+    (r"quantize\.embedding\.weight$", Normal(1.0)),
+    (r"decoder\.conv_out\.weight$", Fan(0.35)),
+)
+"""Codes in every direction, and pixels that mostly stay inside [−1, 1]."""
+
+
+def random(entry: ModelEntry, seed: int) -> Generator:
+    """One of `ENTRIES` in shape, filled with random numbers."""
+    gpt = build_random(lambda: GPT(entry.config["gpt"]), seed, "model.", RANDOM_GPT)
+    vq = build_random(lambda: VQ(entry.config["vq"]), seed, "vae.", RANDOM_VQ)
+    return assemble(random_entry(entry, seed), gpt, vq, {})
 
 
 def assemble(entry: ModelEntry, gpt: GPT, vq: VQ, hashes: Mapping[str, str]) -> Generator:
@@ -103,6 +130,7 @@ def assemble(entry: ModelEntry, gpt: GPT, vq: VQ, hashes: Mapping[str, str]) -> 
         quality=LlamaGenQuality(gpt, vq),
         tables=tables(config),
         checkpoint_sha256=hashes,
+        effort=EFFORT if config.length >= PUBLISHED_LENGTH else Effort(),
     )
 
 
@@ -125,4 +153,4 @@ def _entry(name: str) -> ModelEntry:
 
 ENTRIES = tuple(_entry(name) for name in GPT_CONFIGS)
 
-FAMILY = Family("llamagen", ENTRIES, load)
+FAMILY = Family("llamagen", ENTRIES, load, recognise=recognise_llamagen, random=random)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qexport.family import DrawSpec, Family, Generator, ModelEntry, random_entry
+from qexport.family import DrawSpec, Effort, Family, Generator, ModelEntry, random_entry
 from qexport_models.checkpoints import VAE_OPTION, companion, locate, read_state, sha256
 from qexport_models.featurenet import Cifar10Features
 from qexport_models.published import with_commits
@@ -27,6 +27,9 @@ SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 BLOCK_LAYERS = ("attn.mat_qkv", "attn.proj", "ffn.fc1", "ffn.fc2", "ada_lin.1")
 OTHER_LAYERS = ("shared_ada_lin.1", "head_nm.ada_lin.1", "head", "word_embed")
 DEFAULT_LAYERS = ("blocks.*",)
+
+EFFORT = Effort(samples=1)
+"""Of the published sizes: one image has 680 tokens and more, and takes two cores ten seconds on each side."""
 
 
 class VARQuality:
@@ -109,6 +112,7 @@ def assemble(entry: ModelEntry, var: VAR, vae: VQVAE, hashes: dict[str, str]) ->
         tables=tables(config),
         checkpoint_sha256=hashes,
         features=Cifar10Features() if entry.bundled else None,
+        effort=Effort() if config.scales == SCALES_32 else EFFORT,
     )
 
 

@@ -6,6 +6,7 @@ Legend: B batch, C channels, H W map sides, S scales, L tokens of all scales, Z 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -110,7 +111,7 @@ class Level(nn.Module):
 
     def __init__(self, channels: list[int], attention: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(channels[:-1], channels[1:], strict=True))
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(channels))
         self.attn = nn.ModuleList(AttnBlock(c) for c in channels[1:]) if attention else nn.ModuleList()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ class QuantResi(nn.Module):
 class Quantizer(nn.Module):
     """Codebook, φ convolutions and the resizes between scales."""
 
-    ema_vocab_hit_SV: Tensor
+    ema_vocab_hit_SV: Tensor  # noqa: N815 - a key of the published files
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
