@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 DEFAULT_WBITS = 4
 DEFAULT_ABITS = 16
-FORMATS = ("int",)
-COMING_FORMATS = ("fp8", "fp8-e5m2", "fp6", "fp4")
+FP8_WBITS = 8
+FORMATS = ("int", "fp8", "fp8-e5m2")
+COMING_FORMATS = ("fp6", "fp4")
 
 
 def quantize(
@@ -56,7 +57,8 @@ def quantize(
         int | None, typer.Option(metavar="N", help="Weights that share a scale (default 32; 8 bits: a whole row).")
     ] = None,
     number_format: Annotated[
-        str | None, typer.Option("--format", metavar="int", help="Number format (default int).")
+        str | None,
+        typer.Option("--format", metavar="FORMAT", help="int (default), fp8 (E4M3) or fp8-e5m2, both 8 bits wide."),
     ] = None,
     method: Annotated[
         str | None, typer.Option(metavar="rtn", help="How codes are chosen: rtn rounds to nearest (default rtn).")
@@ -130,13 +132,15 @@ def _choose(choices: Mapping[str, Any], recipe: Path | None) -> tuple[Scheme | N
             option = next(iter(given))
             raise InputError(f"--recipe says what {option} says, for each layer; leave {option} out, or edit {recipe}")
         return None, Recipe.from_toml(recipe)
-    wbits = given.get("--wbits", DEFAULT_WBITS)
     number_format = given.get("--format", FORMATS[0])
+    wbits = given.get("--wbits", FP8_WBITS if number_format.startswith("fp8") else DEFAULT_WBITS)
     if number_format in COMING_FORMATS:
         raise UnsupportedError(f"--format {number_format} is not available yet; use {', '.join(FORMATS)}")
     if number_format not in FORMATS:
         known = (*FORMATS, *COMING_FORMATS)
-        raise InputError(f"--format {number_format!r} is unknown{nearest(number_format, known)}; use int")
+        raise InputError(
+            f"--format {number_format!r} is unknown{nearest(number_format, known)}; use {', '.join(FORMATS)}"
+        )
     for option in ("--format", "--method"):
         if wbits == 16 and option in given:
             raise InputError(f"{option} {given[option]} has no meaning with --wbits 16, which keeps floating point")
@@ -145,7 +149,7 @@ def _choose(choices: Mapping[str, Any], recipe: Path | None) -> tuple[Scheme | N
     from qexport.scheme import preset
 
     get_algorithm(given.get("--method", "rtn"))
-    return preset(wbits, given.get("--abits", DEFAULT_ABITS), given.get("--group-size")), None
+    return preset(wbits, given.get("--abits", DEFAULT_ABITS), given.get("--group-size"), number_format), None
 
 
 def _figures(bundle: Bundle, spent_s: float) -> dict[str, Any]:
