@@ -1,6 +1,6 @@
 """The picture of the README: the same seeds drawn by one model at several widths, each row from its own bundle.
 
-    python benchmarks/picture.py --model var-c10-d4 --widths 16,8,4,2 --out docs/images/var-c10-d4.png
+python benchmarks/picture.py --model var-c10-d4 --widths 16,8,4,2 --out docs/images/var-c10-d4.png
 """
 
 from __future__ import annotations
