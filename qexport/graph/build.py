@@ -12,6 +12,7 @@ from onnx_ir.passes import common
 from qexport.bundle import WeightRef
 from qexport.graph.capture import parameter_names
 from qexport.graph.passes.attach import AttachWeights
+from qexport.graph.passes.group_norm import GroupNormAsInstanceNorm
 from qexport.graph.passes.linear import TRANSPOSED, LinearForm
 from qexport.graph.passes.names import ReadableNames
 from qexport.scheme import TensorSpec
@@ -22,6 +23,7 @@ def normalise(model: ir.Model) -> None:
     for step in (
         common.IdentityEliminationPass(),
         LinearForm(),
+        GroupNormAsInstanceNorm(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
         ReadableNames(),
