@@ -3,7 +3,7 @@
     python benchmarks/cpu_speed.py --model var-c10-d4 --batches 1,16,64 --out benchmarks/results/cpu_speed.json
 
 Every form plays the same plan with the same noise, so each does the same work: all scales, guidance, filtering, drawing
-and decoding. Each form has a process of its own (idle threads of one runtime slow the other down tenfold on two cores),
+and decoding. Each form has a process of its own (so that no runtime's threads get in the way of another's),
 and they take turns (A B C A B C …), which spreads the machine's drift over all of them; what counts are the ratios.
 Bundles run under `serve` options, as a user gets them.
 """
