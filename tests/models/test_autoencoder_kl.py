@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from dit_support import BROKEN, RELATIVE_L2, checkpoint, on_meta, published_lists, relative_l2, spec, state_of, tensors
 from qexport_models.autoencoder_kl.config import KLVAE_C10, SD_VAE, AutoencoderKLConfig
 from qexport_models.autoencoder_kl.decode import Decode
-from qexport_models.autoencoder_kl.layers import Downsample
 from qexport_models.autoencoder_kl.load import build_autoencoder_kl, current_names
 from qexport_models.autoencoder_kl.model import AutoencoderKL
+from qexport_models.conv_blocks import Downsample
 from qexport_models.strict_load import check_layout
 
 from qexport.errors import CheckpointError

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_EPS = 1e-6
-"""Of every group norm."""
+from qexport_models.conv_blocks import NORM_EPS, Downsample, Upsample
 
 
 class ResnetBlock(nn.Module):
@@ -61,30 +60,6 @@ class MidBlock(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x_BCHW)))
-
-
-class Downsample(nn.Module):
-    """3×3 convolution of stride 2; the border is padded at the right and at the bottom only."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H/2, W/2)."""
-        return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Each pixel becomes four equal ones, then a 3×3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
 
 
 class DownBlock(nn.Module):

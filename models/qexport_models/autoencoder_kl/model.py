@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qexport_models.autoencoder_kl.config import AutoencoderKLConfig
-from qexport_models.autoencoder_kl.layers import NORM_EPS, DownBlock, MidBlock, UpBlock
+from qexport_models.autoencoder_kl.layers import DownBlock, MidBlock, UpBlock
+from qexport_models.conv_blocks import NORM_EPS
 
 
 class Encoder(nn.Module):

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qexport_models.conv_blocks import NORM_EPS, NORM_GROUPS, Downsample, ResnetBlock, Upsample
 from qexport_models.llamagen.config import VQConfig
-from qexport_models.var.vqvae import NORM_EPS, NORM_GROUPS, Downsample, ResnetBlock, Upsample
 
 USAGE_SLOTS = 65536
 """Length of `codebook_used`, a training statistic that the published files carry along."""

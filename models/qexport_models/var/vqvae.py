@@ -13,33 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qexport_models.conv_blocks import Downsample, ResnetBlock, Upsample, norm
 from qexport_models.var.config import VQVAEConfig
 from qexport_models.var.resize import area_down_1d, bicubic_up_1d, plane
-
-NORM_GROUPS = 32
-NORM_EPS = 1e-6
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
-
-
-class ResnetBlock(nn.Module):
-    """(B, in, H, W) → (B, out, H, W)."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm1 = _norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """See class."""
-        h = self.conv1(F.silu(self.norm1(x_BCHW)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x_BCHW) + h
 
 
 class AttnBlock(nn.Module):
@@ -48,7 +24,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
-        self.norm = _norm(channels)
+        self.norm = norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -60,30 +36,6 @@ class AttnBlock(nn.Module):
         weights_BNN = torch.softmax(q_BNC @ qkv_B3CN[:, c : 2 * c], dim=-1)
         h_BCN = qkv_B3CN[:, 2 * c :] @ weights_BNN.transpose(1, 2)
         return x_BCHW + self.proj_out(h_BCN.reshape(x_BCHW.shape))
-
-
-class Downsample(nn.Module):
-    """Halves both sides: pads right and bottom by one, convolves with stride 2."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """See class."""
-        return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Doubles both sides: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """See class."""
-        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
 
 
 class Mid(nn.Module):
@@ -140,7 +92,7 @@ class Encoder(nn.Module):
             self.down.append(level)
             before = width
         self.mid = Mid(before)
-        self.norm_out = _norm(before)
+        self.norm_out = norm(before)
         self.conv_out = nn.Conv2d(before, config.z_channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -171,7 +123,7 @@ class Decoder(nn.Module):
             levels.insert(0, level)
             before = widths[i]
         self.up = nn.ModuleList(levels)
-        self.norm_out = _norm(before)
+        self.norm_out = norm(before)
         self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
 
     def forward(self, x_BZHW: Tensor) -> Tensor:
