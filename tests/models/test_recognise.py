@@ -145,13 +145,13 @@ def test_names_are_those_of_the_entries():
 
 def test_toolchain_asks_the_families(monkeypatch):
     entry = ENTRIES[-1]
-    monkeypatch.setattr("qexport.family.families", lambda: (FAMILY, Family("without", (), FAMILY.load)))
+    monkeypatch.setattr("qexport.family.registry.families", lambda: (FAMILY, Family("without", (), FAMILY.load)))
     assert recognise(RECORDED["var_d36"]) is entry
     with pytest.raises(InputError, match=r"begin a, b.*--model"):
         recognise({"a": (1,), "b": (2,)})
 
     both = Family("both", ENTRIES[3:5], FAMILY.load, recognise=lambda shapes, config: ("var-d16", "var-d20"))
-    monkeypatch.setattr("qexport.family.families", lambda: (both,))
+    monkeypatch.setattr("qexport.family.registry.families", lambda: (both,))
     with pytest.raises(InputError, match=r"var-d16 or var-d20.*--model"):
         recognise({})
     assert recognise({}, file="var_d20.pth").name == "var-d20"
