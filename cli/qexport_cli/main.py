@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from qexport_cli.bench import bench
 from qexport_cli.doctor import doctor
 from qexport_cli.failures import run
 from qexport_cli.generate import generate
@@ -21,6 +22,7 @@ from qexport_cli.inspect import inspect
 from qexport_cli.lower import lower
 from qexport_cli.models import models
 from qexport_cli.quantize import quantize
+from qexport_cli.scaling import scaling
 from qexport_cli.serve import serve
 from qexport_cli.ship import ship
 from qexport_cli.signals import stop_cleanly
@@ -37,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (models, quantize, verify, generate, serve, ship, inspect, lower, doctor):
+for command in (models, quantize, verify, generate, serve, ship, inspect, lower, bench, scaling, doctor):
     app.command()(command)
 
 

@@ -3,6 +3,8 @@
 Models that draw tokens: KL(fp ‖ quantised), top-1 agreement and, on images, cross-entropy, as
 `qexport.verify.quality` defines them, but in float32 and without the slow ones. Denoisers: the output
 error of `qexport.verify.denoise_quality`. What the full-precision model says is computed once and kept.
+
+A judge may also tell its figures image by image, which bootstrap intervals are made of.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ KEPT_BYTES = 3 << 30
 
 _FIGURES = ("kl", "top1_agreement", "cross_entropy_fp", "cross_entropy")
 
+PER_IMAGE = "per_image"
+"""The key of the figures image by image, where they are asked for."""
+
 MERITS = ("kl", "output_mse")
 """The figure by which methods are ranked, of whichever kind the model is; smaller is better."""
 
@@ -54,7 +59,13 @@ def merit_name(generator: Generator) -> str:
 
 
 def make_judge(
-    full: Generator, *, images: str | Path | None = None, every: int = 1, samples: int = DRAWN, seed: int = 0
+    full: Generator,
+    *,
+    images: str | Path | None = None,
+    every: int = 1,
+    samples: int = DRAWN,
+    seed: int = 0,
+    per_image: bool = False,
 ) -> Judge:
     """A judge of quantised versions of `full`, which must not change afterwards.
 
@@ -64,19 +75,25 @@ def make_judge(
         every: take every n-th of them only.
         samples: see `images`.
         seed: of what is drawn.
+        per_image: also give `PER_IMAGE`, float64 arrays (n,) by name. Tokens: the means over each image's positions of
+            ``kl``, ``top1_agreement``, ``cross_entropy``, ``cross_entropy_fp`` (of drawn tokens too). Denoisers: the
+            sums ``output_error`` and ``output_power``, whose ratio is ``output_mse`` once summed over images, and the
+            means ``loss`` and ``loss_fp``.
 
     Raises:
         UnsupportedError: the model neither draws tokens nor denoises.
         InputError: the images cannot be read.
     """
     if full.draw is not None and full.quality is not None:
-        return _token_judge(full, images, every, samples, seed)
+        return _token_judge(full, images, every, samples, seed, per_image)
     if full.denoise is not None:
-        return _denoiser_judge(full, images, every, samples, seed)
+        return _denoiser_judge(full, images, every, samples, seed, per_image)
     raise UnsupportedError(f"{full.entry.name} neither draws tokens nor denoises: methods cannot be compared")
 
 
-def _token_judge(full: Generator, images: str | Path | None, every: int, samples: int, seed: int) -> Judge:
+def _token_judge(
+    full: Generator, images: str | Path | None, every: int, samples: int, seed: int, per_image: bool
+) -> Judge:
     if images is None:
         batches = list(drawn_by(full, samples, seed, BATCH))
         source = f"{samples} samples that the full-precision model drew, unguided"
@@ -92,14 +109,19 @@ def _token_judge(full: Generator, images: str | Path | None, every: int, samples
         student = _by_plan(quantised) if activations else torch_student(quantised)
         sums = torch.zeros(len(_FIGURES), dtype=torch.float64)
         positions = 0
+        by_image: list[Tensor] = []
         for number, (labels, tokens_BL) in enumerate(batches):
             log_p_NV = wanted[number] if wanted else _log_probabilities(torch_student(full)(labels, tokens_BL))
             log_q_NV = _log_probabilities(student(labels, tokens_BL))
-            sums += _sums(log_p_NV, log_q_NV, torch.from_numpy(tokens_BL).reshape(-1))
+            terms_FN = _terms(log_p_NV, log_q_NV, torch.from_numpy(tokens_BL).reshape(-1))
+            sums += terms_FN.sum(dim=1)
             positions += tokens_BL.size
-        figures = dict(zip(_FIGURES, (sums / positions).tolist(), strict=True))
+            by_image.append(terms_FN.unflatten(1, tokens_BL.shape).mean(dim=2))
+        figures: dict[str, Any] = dict(zip(_FIGURES, (sums / positions).tolist(), strict=True))
         if not on_images:  # of tokens that the model drew itself, it says nothing about data
             del figures["cross_entropy"], figures["cross_entropy_fp"]
+        if per_image:
+            figures[PER_IMAGE] = dict(zip(_FIGURES, torch.cat(by_image, dim=1).numpy(), strict=True))
         return figures | {"n": sum(len(labels) for labels, _ in batches), "seed": seed, "source": source}
 
     return judge
@@ -119,12 +141,12 @@ def _log_probabilities(logits: Sequence[np.ndarray]) -> Tensor:
     return torch.log_softmax(torch.from_numpy(np.concatenate(list(logits), axis=1)), dim=-1).flatten(0, 1)
 
 
-def _sums(log_p_NV: Tensor, log_q_NV: Tensor, tokens_N: Tensor) -> Tensor:
-    """Sums over positions of `_FIGURES`, float64. Terms are float32: their errors of 1e-7 average out."""
+def _terms(log_p_NV: Tensor, log_q_NV: Tensor, tokens_N: Tensor) -> Tensor:
+    """`_FIGURES` of each position, (4, N) float64. Terms are float32 inside: their errors of 1e-7 average out."""
     kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(dim=-1)
     same_N = log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)
     own = [-x_NV.gather(1, tokens_N[:, None]) for x_NV in (log_p_NV, log_q_NV)]
-    return torch.stack([x.to(torch.float64).sum() for x in (kl_N, same_N, *own)])
+    return torch.stack([x.to(torch.float64).reshape(-1) for x in (kl_N, same_N, *own)])
 
 
 def _by_plan(quantised: Generator) -> Student:
@@ -134,7 +156,9 @@ def _by_plan(quantised: Generator) -> Student:
     return lambda labels, tokens_BL: forced_logits(player, draw, labels, tokens_BL, quantised.tables)
 
 
-def _denoiser_judge(full: Generator, images: str | Path | None, every: int, samples: int, seed: int) -> Judge:
+def _denoiser_judge(
+    full: Generator, images: str | Path | None, every: int, samples: int, seed: int, per_image: bool
+) -> Judge:
     spec = full.denoise
     assert spec is not None
     if images is None:
@@ -165,6 +189,21 @@ def _denoiser_judge(full: Generator, images: str | Path | None, every: int, samp
             found = plan_denoiser(player, quantised.denoise, feeds)(probe)
         else:
             found = torch_denoiser(quantised.denoise.model, BATCH)(probe)
-        return output_quality(probe, wanted, found).to_json() | {"source": source, "seed": seed}
+        figures = output_quality(probe, wanted, found).to_json() | {"source": source, "seed": seed}
+        return figures | {PER_IMAGE: _output_by_image(probe.noise, wanted, found)} if per_image else figures
 
     return judge
+
+
+def _output_by_image(noise: np.ndarray, wanted: np.ndarray, found: np.ndarray) -> dict[str, np.ndarray]:
+    """The terms of `output_quality` for each image, (n,) float64, from outputs (n, C, H, W)."""
+
+    def squares(a: np.ndarray, b: np.ndarray | float) -> np.ndarray:
+        return ((a.astype(np.float64) - b) ** 2).reshape(len(a), -1)
+
+    return {
+        "output_error": squares(found, wanted).sum(axis=1),
+        "output_power": squares(wanted, 0.0).sum(axis=1),
+        "loss": squares(found, noise).mean(axis=1),
+        "loss_fp": squares(wanted, noise).mean(axis=1),
+    }

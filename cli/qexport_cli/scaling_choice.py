@@ -1,0 +1,116 @@
+"""What the options of `qexport scaling` mean together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexport.errors import InputError
+
+if TYPE_CHECKING:
+    from qexport.scaling.grid import Dropped, Measurement, Run
+
+DEFAULTS = {
+    "--families": "var-c10,dit-c10", "--wbits": "2,3,4,6,8,16", "--formats": "int,fp", "--methods": "rtn,gptq",
+    "--samples": 500, "--fd": 500, "--topkld-steps": 200,
+}  # fmt: skip
+QUICK = {
+    "--models": "var-c10-d2,dit-c10-d2,var-c10-d3,dit-c10-d3", "--wbits": "2,3,4,8,16", "--formats": "int",
+    "--samples": 100, "--fd": 100,
+}  # fmt: skip
+"""What `--quick` says in place of `DEFAULTS`."""
+
+QUICK_DRAWN = 16
+QUICK_TRAJECTORIES = 10
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The runs, what was left out of the grid, how they are measured, and the files given."""
+
+    runs: list[Run]
+    dropped: list[Dropped]
+    how: Measurement
+    images: Path | None
+    checkpoints: Mapping[str, str]
+
+
+def choose(options: Mapping[str, Any], checkpoint: list[str], seed: int, quick: bool) -> Choice:
+    """The grid that the options stand for (by their names; None is not given).
+
+    Raises:
+        InputError: a value that is unknown, or options that contradict each other.
+    """
+    from qexport.family import find_model
+    from qexport.scaling.grid import Measurement, check_method, models_of, plan_grid
+    from qexport.scaling.sweep import images_digest
+
+    given = {option: value for option, value in options.items() if value is not None}
+    if "--models" in given and "--families" in given:
+        raise InputError("--models names single models, --families series of them; leave one out")
+    settings = {**DEFAULTS, **(QUICK if quick else {}), **given}
+    if quick and "--families" in given:
+        del settings["--models"]
+    checkpoints = dict(_pair(text) for text in checkpoint)
+    for name in checkpoints:
+        find_model(name)
+    if "--models" in settings:
+        models, dropped = _names("--models", settings["--models"]), []
+        for name in models:
+            find_model(name)
+    else:
+        models, dropped = models_of(_names("--families", settings["--families"]), checkpoints)
+    methods = [check_method(name) for name in _names("--methods", settings["--methods"])]
+    runs, invalid = plan_grid(
+        models, _numbers("--wbits", settings["--wbits"]), _names("--formats", settings["--formats"]), methods
+    )
+    images = settings.get("--images")
+    quickly = {"drawn": QUICK_DRAWN, "trajectories": QUICK_TRAJECTORIES} if quick else {}
+    how = Measurement(
+        images_sha256=None if images is None else images_digest(images),
+        judged_tokens=settings["--samples"], judged_latents=max(1, settings["--samples"] // 2),
+        fd=settings["--fd"], seed=seed, topkld_steps=settings["--topkld-steps"], **quickly,
+    )  # fmt: skip
+    return Choice(runs, [*dropped, *invalid], how, images, checkpoints)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``3MB``, ``800 kB``, ``1.5MiB`` or ``250000``.
+
+    Raises:
+        InputError: not such a size, or none at all.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmg]i?)?b?)\s*", text, re.IGNORECASE)
+    count = 0 if match is None else round(float(match[1]) * _UNITS[(match[2] or "").lower()])
+    if count < 1:
+        raise InputError(f"--budget {text!r} is not a size; write 3MB, 800kB or 1.5MiB")
+    return count
+
+
+def _names(option: str, text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"{option} names nothing; write them with commas between")
+    return list(dict.fromkeys(names))
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    names = _names(option, text)
+    for name in names:
+        if not (name.isascii() and name.isdecimal()):
+            raise InputError(f"{option}: {name!r} is not a number of bits; write 2,3,4")
+    return [int(name) for name in names]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not equals or not name.strip() or not file.strip():
+        raise InputError(f"--checkpoint {text!r}: write NAME=FILE, for example var-c10-d5=var-c10-d5.safetensors")
+    if not Path(file).exists():
+        raise InputError(f"--checkpoint {name}: {file}: no such file")
+    return name.strip(), file.strip()

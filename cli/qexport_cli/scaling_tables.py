@@ -1,0 +1,92 @@
+"""How sweeps look in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qexport_cli.render import Column, figure, print_json, print_line, print_table, size
+
+if TYPE_CHECKING:
+    from qexport.scaling.recommend import Answer
+    from qexport.scaling.select import Selection
+    from qexport_cli.scaling_choice import Choice
+
+_FIGURES = ("kl", "top1_agreement", "cross_entropy", "output_mse", "loss", "trajectory_error", "fd")
+_HEADS = {
+    "kl": "KL", "top1_agreement": "top-1", "cross_entropy": "CE", "output_mse": "output err.", "loss": "loss",
+    "trajectory_error": "traj. err.", "fd": "FD",
+}  # fmt: skip
+
+
+def show_plan(chosen: Choice, json: bool) -> None:
+    """The runs, and what was left out."""
+    runs = [{"model": r.model, "format": r.number_format, "bits": r.bits, "method": r.method} for r in chosen.runs]
+    if json:
+        dropped = [vars(item) for item in chosen.dropped]
+        print_json({"runs": runs, "left_out": dropped, "measurement": vars(chosen.how)})
+        return
+    columns = (Column("model"), Column("format"), Column("method"))
+    print_table(columns, [(r["model"], r["format"], r["method"]) for r in runs], f"{len(runs)} runs")
+    for item in chosen.dropped:
+        print_line(f"left out: {item.what} ({item.reason})")
+
+
+def show_result(selection: Selection) -> None:
+    """One table a series: every run with its size and figures."""
+    for series in selection.series:
+        rows = [row for run, row in selection.rows.items() if run.series == series]
+        rows.sort(key=lambda row: (row.measured.cost["parameters"], -row.run.bits, row.run.number_format))
+        names = [name for name in _FIGURES if any(name in row.measured.figures for row in rows)]
+        columns = [Column("model"), Column("format"), Column("method"), Column("size", right=True)]
+        columns += [Column(_HEADS[name], right=True) for name in names]
+        cells = [
+            (
+                row.run.model,
+                row.run.number_format,
+                row.run.method,
+                size(row.measured.cost["stored_bits"] / 8),
+                *(_value(row.measured.figures.get(name)) for name in names),
+            )
+            for row in rows
+        ]
+        print_table(columns, cells, series)
+        print_line()
+
+
+def show_recommendation(answers: Sequence[Answer], size_bytes: int, selection: Selection) -> None:
+    """The best of each series within the budget, and what comes next."""
+    columns = (
+        Column("series"), Column("model"), Column("format"), Column("method"), Column("size", right=True),
+        Column("judged by", wide_only=True), Column("quality", right=True), Column("95 %", right=True),
+        Column("better than the next"),
+    )  # fmt: skip
+    rows: list[tuple[Any, ...]] = []
+    for answer in answers:
+        row = answer.row
+        if row is None:
+            rows.append((answer.series, None, None, None, size(answer.least_bytes), None, None, None, answer.words))
+            continue
+        low, high = answer.interval
+        rows.append(
+            (
+                answer.series,
+                row.run.model,
+                row.run.number_format,
+                row.run.method,
+                size(answer.size_bytes),
+                answer.figure,
+                figure(answer.value),
+                f"{figure(low)}–{figure(high)}",
+                answer.words,
+            )
+        )
+    print_table(columns, rows, f"Within {size(size_bytes)} of weights, decoder not counted")
+    for answer in answers:
+        if answer.command:
+            print_line(answer.command)
+    del selection
+
+
+def _value(found: Any) -> str | None:
+    return None if found is None else figure(found["value"], 3)

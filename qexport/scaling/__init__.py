@@ -1,0 +1,1 @@
+"""Bit-level scaling: which size of model at how many bits. Sweeps, a store of runs, the law, recommendations."""

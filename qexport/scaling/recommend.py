@@ -1,0 +1,128 @@
+"""The best run of a store within a budget of bytes: size × bits × method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qexport.formats import get_format
+from qexport.scaling.figures import FD, FIGURES, draws, interval, label_of, resampled
+from qexport.scaling.grid import FULL, TOPKLD, Run
+from qexport.scaling.select import Selection
+from qexport.scaling.store import Row
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """Of one series: the best row and how it is judged, or nothing and the least size there is.
+
+    `words` says whether the next best is worse for certain.
+    """
+
+    series: str
+    row: Row | None
+    figure: str
+    value: float
+    interval: tuple[float, float]
+    size_bytes: float
+    least_bytes: float
+    words: str
+    command: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        run = self.row.run if self.row else None
+        return {
+            "series": self.series, "model": run and run.model, "format": run and run.number_format,
+            "bits": run and run.bits, "method": run and run.method, "figure": self.figure, "value": self.value,
+            "ci95": list(self.interval), "size_bytes": self.size_bytes, "least_bytes": self.least_bytes,
+            "words": self.words, "command": self.command,
+        }  # fmt: skip
+
+
+def quality_of(selection: Selection, rows: Sequence[Row]) -> str | None:
+    """The figure that tells models of different sizes apart: cross-entropy or loss on real images, else FD.
+
+    KL and output error do not: they compare a model with its own full precision. None where there is no such figure.
+    """
+    names = ("cross_entropy", "loss", FD) if selection.on_images else (FD,)
+    return next((name for name in names if all(name in row.measured.figures for row in rows)), None)
+
+
+def recommend(selection: Selection, size_bytes: int) -> list[Answer]:
+    """One answer for each series. A size is that of the stored weights of the generator, without its decoder.
+
+    Formats that no bundle can hold are not recommended.
+    """
+    return [_of_series(selection, series, size_bytes) for series in selection.series]
+
+
+def _of_series(selection: Selection, series: str, size_bytes: int) -> Answer:
+    rows = [row for run, row in selection.rows.items() if run.series == series and _exportable(run)]
+    sizes = {row.key: row.measured.cost["stored_bits"] / 8 for row in rows}
+    least = min(sizes.values(), default=0.0)
+    fitting = [row for row in rows if sizes[row.key] <= size_bytes]
+    name = quality_of(selection, rows)
+
+    def nothing(words: str) -> Answer:
+        return Answer(series, None, name or "", 0.0, (0.0, 0.0), 0.0, least, words, "")
+
+    if not fitting:
+        return nothing("nothing fits; the size is that of the smallest")
+    if name is None:
+        return nothing("no figure compares sizes; sweep with --images or --fd")
+    ranked = sorted(fitting, key=lambda row: row.measured.figures[name]["value"])
+    best = ranked[0]
+    found = best.measured.figures[name]
+    words = "the only one that fits" if len(ranked) == 1 else _against(name, best, ranked[1])
+    low, high = found["ci95"]
+    return Answer(
+        series, best, label_of(name), found["value"], (low, high), sizes[best.key], least, words, command_for(best.run)
+    )
+
+
+def _against(name: str, best: Row, second: Row) -> str:
+    low, high = difference(name, second, best)
+    other = str(second.run)
+    return f"yes, {other} is worse" if low > 0 else f"not shown: {other} ({low:+.2g} … {high:+.2g})"
+
+
+def difference(name: str, a: Row, b: Row) -> tuple[float, float]:
+    """The 95 % interval of a's figure minus b's: paired over images, FD as two normal distributions."""
+    if name == FD:
+        (x, dx), (y, dy) = (_normal(row) for row in (a, b))
+        spread = float(np.hypot(dx, dy))
+        return x - y - spread, x - y + spread
+    figure = FIGURES[name]
+    images = len(a.measured.per_image[figure.columns[0]])
+    counts_RN = draws(images)
+    return interval(
+        resampled(figure, a.measured.per_image, counts_RN) - resampled(figure, b.measured.per_image, counts_RN)
+    )
+
+
+def _normal(row: Row) -> tuple[float, float]:
+    """FD and the half-width of its interval."""
+    found = row.measured.figures[FD]
+    return float(found["value"]), float(found["ci95"][1] - found["value"])
+
+
+def _exportable(run: Run) -> bool:
+    return run.number_format == FULL or get_format(run.number_format).exportable
+
+
+def command_for(run: Run) -> str:
+    """The command that makes this bundle."""
+    parts = [f"qexport quantize --model {run.model} --wbits {run.bits}"]
+    if run.number_format == FULL:
+        return parts[0]
+    if run.kind == "fp":
+        parts.append("--format fp8")
+    if run.method not in ("rtn", TOPKLD):
+        parts.append(f"--method {run.method}")
+    if run.method == TOPKLD:
+        parts.append("--method gptq --topkld")
+    return " ".join(parts)
