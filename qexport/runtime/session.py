@@ -50,6 +50,12 @@ def make_session(
         InputError: the provider could not be used.
         BundleError: ONNX Runtime cannot load the graph.
     """
+    options = session_options(config, threads)
+    return open_session(model_of(file, root, options), options, config, str(file))
+
+
+def session_options(config: SessionConfig, threads: int | None = None) -> onnxruntime.SessionOptions:
+    """ONNX Runtime's options for a configuration of ours; see `make_session`."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = LOG_ERRORS_ONLY
     if threads is not None:
@@ -58,7 +64,13 @@ def make_session(
         options.intra_op_num_threads = threads
     for key, value in config.entries.items():
         options.add_session_config_entry(key, value)
-    model = model_of(file, root, options)
+    return options
+
+
+def open_session(
+    model: str | bytes, options: onnxruntime.SessionOptions, config: SessionConfig, name: str
+) -> onnxruntime.InferenceSession:
+    """A session for a model that is a path or bytes; `name` is what errors call it. Raises as `make_session`."""
     detail = _preload() if config.device == "cuda" else ""
     # The default logger is global; silenced here because a provider that fails to load prints a screenful.
     onnxruntime.set_default_logger_severity(_LOG_FATAL_ONLY)
@@ -66,7 +78,7 @@ def make_session(
         provider = (config.provider, dict(config.provider_options))
         session = onnxruntime.InferenceSession(model, options, providers=[provider], enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
-        raise BundleError(f"{file}: onnxruntime cannot load this graph: {first_line(error)}") from error
+        raise BundleError(f"{name}: onnxruntime cannot load this graph: {first_line(error)}") from error
     finally:
         onnxruntime.set_default_logger_severity(LOG_ERRORS_ONLY)
     if session.get_providers()[0] != config.provider:

@@ -40,3 +40,20 @@ def device_count() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def used_bytes() -> int | None:
+    """Memory of the first GPU that is taken, by anyone, in bytes; None without a driver or a device.
+
+    The driver tells it to holders of a context; the device's primary one is shared with ONNX Runtime.
+    """
+    if not device_count():
+        return None
+    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    context = ctypes.c_void_p()
+    if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) != 0 or driver.cuCtxPushCurrent_v2(context) != 0:
+        return None
+    free, total = ctypes.c_size_t(0), ctypes.c_size_t(0)
+    status = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    driver.cuCtxPopCurrent_v2(ctypes.byref(context))
+    return total.value - free.value if status == 0 else None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
+
+from qexport.targets.devices import cpu_name
 
 PACKAGES = ("qexport", "torch", "onnx", "onnxruntime-gpu", "onnxruntime", "onnxscript", "numpy")
 
@@ -26,20 +27,10 @@ def describe_environment(provider: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "onnxruntime_threads": "one per physical core (default)",
         "onnxruntime_build": onnxruntime.get_device(),
         "provider": provider,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

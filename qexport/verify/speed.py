@@ -15,10 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from qexport.runtime import Player, Runtime
-from qexport.runtime.inputs import label_input
+from qexport.runtime.clock import play_once, some_labels
 
 WARM_UP_RUNS = 1
 RUNS = 5
@@ -94,26 +92,14 @@ def peak_memory_bytes() -> int | None:
 
 
 def _measure(runtime: Runtime, player: Player[Any], size: int, runs: int) -> dict[str, Latency]:
-    port = label_input(player.plan)
-    inputs = {port.name: np.arange(size) % runtime.bundle.manifest.model.num_classes} if port else {}
+    inputs = some_labels(player, size, runtime.bundle.manifest.model.num_classes)
     seconds: dict[str, list[float]] = defaultdict(list)
     begin = time.perf_counter()
     for run in range(WARM_UP_RUNS + runs):
         spent_s = time.perf_counter() - begin
         if run > WARM_UP_RUNS and spent_s * (run + 1) / run > BUDGET_S:
             break
-        graphs: dict[str, float] = defaultdict(float)
-        start = last = time.perf_counter()
-
-        def clock(graph: str, graphs: dict[str, float] = graphs) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            graphs[graph] += now - last
-            last = now
-
-        player.play(inputs, seed=run, batch=size, called=clock)  # an observer would turn caches in place off
-        total = time.perf_counter() - start
-        if run >= WARM_UP_RUNS:
-            for name, value in {"total": total, **graphs}.items():
+        for name, value in play_once(player, inputs, size).items():
+            if run >= WARM_UP_RUNS:
                 seconds[name].append(value)
     return {name: Latency.of(values) for name, values in seconds.items()}
