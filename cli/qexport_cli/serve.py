@@ -38,6 +38,10 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; one per core if left out.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Draw in N processes for each bundle; one that ends is started again."),
+    ] = None,
 ) -> None:
     """Serve images over HTTP: POST /v1/images, a page to try it at /, the interface at /docs.
 
@@ -62,7 +66,7 @@ def serve(
         drain_delay_s=drain_delay,
         drain_s=drain,
     )
-    run(bundles, settings, host=host, port=port, provider=provider, threads=threads)
+    run(bundles, settings, host=host, port=port, provider=provider, threads=threads, workers=workers)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -51,7 +51,7 @@ _ERRORS = {
     422: "a field is wrong; the message names it",
     429: "the queue is full; see Retry-After",
     500: "drawing failed",
-    503: "the service is starting or stopping",
+    503: "the service is starting or stopping, or what drew the images ended; see Retry-After",
     504: "not ready in time",
 }
 
@@ -75,7 +75,7 @@ def create_app(engines: Sequence[Engine], settings: ServeSettings, metrics: Metr
     by_name = {engine.name: engine for engine in engines}
     if len(by_name) != len(engines) or not engines:
         raise InputError("bundles must have different names; rename a folder")
-    model = request_model({name: engine.runtime.bundle.plan for name, engine in by_name.items()}, settings)
+    model = request_model({name: engine.bundle.plan for name, engine in by_name.items()}, settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -142,7 +142,7 @@ def create_app(engines: Sequence[Engine], settings: ServeSettings, metrics: Metr
         body = await asyncio.to_thread(encode, drawn.pixels, wanted.classes, wanted.format)
         headers = {
             "x-qexport-bundle": engine.name,
-            "x-qexport-digest": engine.runtime.bundle.manifest.digest,
+            "x-qexport-digest": engine.bundle.manifest.digest,
             "x-qexport-seed": str(wanted.seed),
             "x-qexport-buckets": buckets,
         }
@@ -207,7 +207,7 @@ async def _left(request: Request) -> None:
 
 
 def _facts(engine: Engine) -> dict[str, Any]:
-    bundle = engine.runtime.bundle
+    bundle = engine.bundle
     manifest, plan = bundle.manifest, bundle.plan
     labels = label_input(plan)
     return {
@@ -218,7 +218,7 @@ def _facts(engine: Engine) -> dict[str, Any]:
         "scheme": manifest.scheme,
         "bits_per_weight": manifest.totals.get("bits_per_weight_all"),
         "size_bytes": bundle.size_bytes,
-        "provider": engine.runtime.provider,
+        "provider": engine.provider,
         "image_size": manifest.model.image_size,
         "classes": manifest.model.num_classes,
         "buckets": list(engine.settings.buckets),

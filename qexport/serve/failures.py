@@ -70,3 +70,11 @@ class BrokenError(RequestError):
 
     status = 500
     code = "failed"
+
+
+class InterruptedDrawingError(RequestError):
+    """What drew it ended more than once before the images were there."""
+
+    status = 503
+    code = "interrupted"
+    retry_after_s = 1

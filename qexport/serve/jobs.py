@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from qexport.plan import Plan
 from qexport.runtime.inputs import check_inputs, is_per_image, label_input, to_arrays
+from qexport.serve.drawers import Batch
 from qexport.serve.failures import BadRequestError
 
 
@@ -31,7 +32,10 @@ class Drawn:
 
 @dataclass(eq=False)
 class Job:
-    """One request. `group` decides whose rows may share a batch; `deadline_s` is on the monotonic clock."""
+    """One request. `group` decides whose rows may share a batch; `deadline_s` is on the monotonic clock.
+
+    `losses` counts the drawers that ended while they drew it.
+    """
 
     group: tuple[Any, ...]
     schedule: str | None
@@ -44,6 +48,7 @@ class Job:
     started_s: float | None = None
     pixels: dict[int, np.ndarray] = field(default_factory=dict)
     buckets: dict[int, int] = field(default_factory=dict)
+    losses: int = 0
 
     @property
     def rows(self) -> list[Row]:
@@ -111,3 +116,17 @@ def make_job(
     group = (name, *((key, value.tobytes()) for key, value in sorted(shared.items())))
     images = [(seed, first_index + i) for i in range(len(labels))]
     return Job(group, name or None, shared, per_image, images, deadline_s)
+
+
+def batch_of(rows: Sequence[Row]) -> Batch:
+    """Rows of one group as one batch."""
+    job = rows[0].job
+    per_image = {name: np.stack([row.job.per_image[name][row.index] for row in rows]) for name in job.per_image}
+    images = [row.job.images[row.index] for row in rows]
+    return Batch({**job.shared, **per_image}, images, job.schedule)
+
+
+def fail_all(rows: Iterable[Row], error: Exception) -> None:
+    """End the requests of all rows without images."""
+    for row in rows:
+        row.job.fail(error)

@@ -39,6 +39,12 @@ class Metrics:
             registry=registry,
         )
 
+        self.drawers = Gauge("qexport_drawers_ready", "Drawers that can draw.", ["bundle"], registry=registry)
+        self.lost = Counter("qexport_lost_drawers", "Drawers that ended or hung.", ["bundle"], registry=registry)
+        self.again = Counter(
+            "qexport_redrawn_images", "Images drawn again after a drawer was lost.", ["bundle"], registry=registry
+        )
+
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -6,9 +6,9 @@ It is checked twice: here for shape and kind, with limits where all bundles agre
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
 
 from qexport.plan import Input, Plan
 from qexport.runtime.inputs import label_input
@@ -60,7 +60,7 @@ def request_model(plans: Mapping[str, Plan], limits: ServeSettings) -> type[Imag
     settings = create_model("Settings", __config__=_STRICT, **_settings(list(plans.values())))
     fields: dict[str, Any] = {
         "labels": (
-            list[int],
+            list[Annotated[int, WithJsonSchema({"type": "integer", **_label_limits(list(plans.values()))})]],
             Field(min_length=1, max_length=limits.max_images, description="classes; they take turns if n is larger"),
         ),
         "n": (int | None, count),
@@ -124,6 +124,16 @@ def _settings(plans: Sequence[Plan]) -> dict[str, Any]:
             if spec is not label_input(plan):
                 found.setdefault(spec.name, []).append(spec)
     return {f"setting_{i}": _field(specs, len(plans)) for i, specs in enumerate(found.values())}
+
+
+def _label_limits(plans: Sequence[Plan]) -> dict[str, int]:
+    """The classes that any of the bundles takes, for readers of the description; each bundle checks its own."""
+    ports = [port for port in map(label_input, plans) if port is not None]
+    lowest = [port.minimum for port in ports if port.minimum is not None]
+    highest = [port.maximum for port in ports if port.maximum is not None]
+    found = {"minimum": lowest, "maximum": highest}
+    ends = {"minimum": min, "maximum": max}
+    return {name: int(ends[name](limits)) for name, limits in found.items() if limits and len(limits) == len(ports)}
 
 
 def _field(specs: Sequence[Input], bundles: int) -> tuple[Any, Any]:

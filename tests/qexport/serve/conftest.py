@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from service_process import Process
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the hand-made bundle lies there
 
@@ -30,3 +31,19 @@ def post():
         return client.post("/v1/images", content=content, headers={"content-type": "application/json"})
 
     return send
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start `qexport serve` with arguments and wait until it is ready."""
+    started = []
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+
+    def starter(*arguments):
+        started.append(Process(*arguments, temporary=temporary))
+        return started[-1].until_ready()
+
+    yield starter
+    for one in started:
+        one.clear_away()

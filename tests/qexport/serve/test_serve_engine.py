@@ -13,6 +13,7 @@ from qexport.errors import InputError
 from qexport.runtime import load
 from qexport.runtime.pixels import to_pixels
 from qexport.serve import ServeSettings
+from qexport.serve.drawers import Batch, LocalDrawer
 from qexport.serve.engine import Engine
 from qexport.serve.failures import BadRequestError, BrokenError, BusyError, DeadlineError, DrainingError
 from qexport.serve.metrics import Metrics
@@ -25,19 +26,22 @@ class Recorded:
 
     def __init__(self, path, **settings):
         self.metrics = Metrics()
-        runtime = load(path, provider="cpu", threads=1)
-        self.engine = Engine("it", runtime, ServeSettings(**{"linger_ms": 0, **settings}), self.metrics)
-        self.batches: list[list] = []
-        self.before = lambda rows: None
+        self.runtime = load(path, provider="cpu", threads=1)
+        self.batches: list[Batch] = []
+        self.before = lambda batch: None
         self.after = lambda images: images
-        play = self.engine._play
+        outer = self
 
-        def recorded(rows):
-            self.before(rows)
-            self.batches.append(list(rows))
-            return self.after(play(rows))
+        class Drawer(LocalDrawer):
+            def _play(self, batch):
+                if not outer.engine._up:
+                    return super()._play(batch)  # warming up
+                outer.before(batch)
+                outer.batches.append(batch)
+                return outer.after(super()._play(batch))
 
-        self.engine._play = recorded
+        limits = ServeSettings(**{"linger_ms": 0, **settings})
+        self.engine = Engine("it", self.runtime.bundle, [Drawer(self.runtime)], "cpu", limits, self.metrics)
 
     def __enter__(self):
         self.engine.start()
@@ -47,7 +51,7 @@ class Recorded:
         return self
 
     def __exit__(self, *_):
-        self.before = lambda rows: None
+        self.before = lambda batch: None
         assert self.engine.stop(WAIT_S)
 
     def sample(self, name):
@@ -59,10 +63,10 @@ class Recorded:
 
         started, go_on = threading.Event(), threading.Event()
 
-        def hold(rows):
+        def hold(batch):
             started.set()
             assert go_on.wait(WAIT_S)
-            self.before = lambda rows: None
+            self.before = lambda batch: None
 
         self.before = hold
         first = self.engine.submit([0], {})
@@ -92,7 +96,7 @@ def test_images_are_those_of_the_bundle(toy):
         for (labels, given, more), job in zip(requests, jobs, strict=True):
             # float32 against float64: a value may lie on the other side of a rounding boundary
             np.testing.assert_allclose(pixels(job), by_hand(labels, **given, **more), atol=0.5 + 1e-3)
-    sizes = [len(rows) for rows in it.batches]
+    sizes = [len(batch.images) for batch in it.batches]
     assert sizes == [2, 4, 2]  # one alone; 2 + 1 + 1 of the same gain, whatever their shift; and the other gain
     assert it.sample("qexport_images_total") == 6
     assert it.sample("qexport_padding_images_total") == 2
@@ -109,8 +113,8 @@ def test_company_and_place_change_no_byte(w4_bundle):
             np.testing.assert_array_equal(drawn.pixels, alone)
             assert drawn.buckets == (4,)
             assert (pixels(jobs[(place + 1) % 4]) != alone).any()
-    assert {len(rows) for rows in it.batches} == {4}
-    offline = it.engine.runtime.generate([5] * 4, seed=42, first_index=7, batch=4, cfg=2.0)[:1]
+    assert {len(batch.images) for batch in it.batches} == {4}
+    offline = it.runtime.generate([5] * 4, seed=42, first_index=7, batch=4, cfg=2.0)[:1]
     np.testing.assert_array_equal(to_pixels(offline), alone)
 
 
@@ -127,7 +131,7 @@ def test_a_lonely_image_waits_for_company(toy):
         begun_s = time.monotonic()
         wait([job.future for job in jobs], WAIT_S)
         assert time.monotonic() - begun_s < 1.5  # a full batch does not wait
-    assert [len(rows) for rows in it.batches] == [8]
+    assert [len(batch.images) for batch in it.batches] == [8]
 
 
 def test_a_full_queue_says_when_to_come_back(toy):
@@ -136,13 +140,13 @@ def test_a_full_queue_says_when_to_come_back(toy):
         pixels(jobs[0])
         it.engine._image_s = 2.5
 
-        def overfill(rows):
+        def overfill(batch):
             it.engine.submit([0, 1, 2], {})
             with pytest.raises(BusyError, match="3 images wait already; ask again in 8 s") as caught:
                 it.engine.submit([0, 1], {})
             assert caught.value.retry_after_s == 8
 
-        it.before = lambda rows: (setattr(it, "before", lambda rows: None), overfill(rows))
+        it.before = lambda batch: (setattr(it, "before", lambda batch: None), overfill(batch))
         pixels(it.engine.submit([0], {}))
     assert first.over
 
@@ -151,20 +155,20 @@ def test_what_is_too_late_is_not_drawn(toy):
     with Recorded(toy) as it:
         begun_s = time.monotonic()
 
-        def hold(rows):
+        def hold(batch):
             time.sleep(0.3)
 
         it.before = hold
         first = it.engine.submit([0], {})
         time.sleep(0.05)
-        late = it.engine.submit([1, 2], {"gain": 0.5}, timeout_s=0.1)
+        late = it.engine.submit([1, 2], {"gain": 0.5}, seed=99, timeout_s=0.1)
         with pytest.raises(DeadlineError):
             late.future.result(WAIT_S)
         assert time.monotonic() - begun_s < 5
         pixels(first)
-        it.before = lambda rows: None
+        it.before = lambda batch: None
         pixels(it.engine.submit([3], {}))
-    assert late not in {row.job for rows in it.batches for row in rows}
+    assert 99 not in {seed for batch in it.batches for seed, _ in batch.images}
     assert it.sample("qexport_dropped_images_total") == 2
 
 
@@ -180,8 +184,8 @@ def test_a_failed_batch_fails_its_requests_and_no_others(toy):
     with Recorded(toy) as it:
 
         def spoil(error):
-            def before(rows):
-                it.before = lambda rows: None
+            def before(batch):
+                it.before = lambda batch: None
                 raise error
 
             it.before = before

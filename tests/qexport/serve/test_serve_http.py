@@ -172,8 +172,9 @@ def held(toy):
     with TestClient(app) as client:
         wait_until_ready(client)
         (engine,) = app.state.engines
-        play = engine._play
-        engine._play = lambda rows: (started.set(), go_on.wait(30), play(rows))[-1]
+        (drawer,) = engine._drawers
+        play = drawer._play
+        drawer._play = lambda batch: (started.set(), go_on.wait(30), play(batch))[-1]
         yield client, started, go_on
         go_on.set()
 
