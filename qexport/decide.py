@@ -17,6 +17,7 @@ Progress = Callable[[str, int, int], None]
 COMPARE_REPORT = "compare.json"
 SENSITIVITY_REPORT = "sensitivity.json"
 SENSITIVITY_PLOT = "sensitivity.svg"
+TRAINING_REPORT = "training.json"
 
 
 @dataclass(frozen=True)

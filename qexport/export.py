@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,12 +38,14 @@ def export(
     out: Path,
     *,
     solution: Solution | None = None,
+    training: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress,
 ) -> Bundle:
     """Write the bundle of a generator that is loaded; see `qexport.pipeline.quantize`.
 
     `solution` is what calibration found; its smoothing factors must have been folded into `generator` before.
+    `training` is what the manifest records of how the codes of one graph were trained (`qexport.training`).
 
     Raises:
         InputError: the recipe does not fit, or names a format that no ONNX graph can hold; nothing was written then.
@@ -76,7 +78,7 @@ def export(
             flip = weight.name in flipped[weight.graph]
             for ref in _write(writer, weight, flip, weight.name in convolutions[weight.graph]):
                 refs[weight.graph][ref.name] = ref
-            rows.append(layer_row(weight))
+            rows.append(_row(weight, training))
             if isinstance(weight.value, QuantizedTensor):
                 specs[weight.graph][weight.name] = weight.value.spec
         tables = {
@@ -101,7 +103,7 @@ def export(
                 model=ModelInfo(
                     entry.name, entry.family, entry.image_size, entry.num_classes, entry.licence, entry.source
                 ),
-                scheme=recipe.name,
+                scheme=scheme_name(recipe, training["method"] if training else None),
                 recipe=RECIPE_FILE,
                 dtype=COMPUTE_DTYPE,
                 checkpoints=generator.checkpoint_sha256,
@@ -109,10 +111,24 @@ def export(
                 graphs={name: f"{name}.onnx" for name in graphs},
                 layers=[row for row in rows if row["layer"]],
                 totals=totals(rows),
+                training=training,
             )
         )
         progress("write", len(graphs), len(graphs))
     return Bundle.open(out, check="size")
+
+
+def scheme_name(recipe: Recipe, trained_by: str | None) -> str:
+    """What a bundle is called after: the recipe, and how it was trained, where it was."""
+    return recipe.name if trained_by is None else f"{recipe.name}-{trained_by}"
+
+
+def _row(weight: StoredWeight, training: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The row of one parameter; codes that were trained on say by what, after the algorithm that they started from."""
+    row = layer_row(weight)
+    if training is not None and row["algorithm"] and weight.graph == training["graph"]:
+        row["algorithm"] = f"{row['algorithm']}+{training['method']}"
+    return row
 
 
 def _require_solved(rules: Mapping[str, Rule], solution: Solution) -> None:

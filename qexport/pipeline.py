@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qexport.bundle import Bundle
 from qexport.checkpoint import open_checkpoint
-from qexport.decide import Decision, decide
+from qexport.decide import TRAINING_REPORT, Decision, decide
 from qexport.errors import InputError
-from qexport.export import export
+from qexport.export import export, scheme_name
 from qexport.family import Generator, ModelEntry, find_model, load_random, recognise
 from qexport.quantize import assign_rules, require_exportable
 from qexport.recipe import Recipe
-from qexport.request import Request
+from qexport.request import DEFAULT_METHOD, TRAINED_FROM, Request
 from qexport.scheme import Scheme, preset
+
+if TYPE_CHECKING:
+    from qexport.training import Training
 
 DEFAULT_FOLDER = Path("qexport-out")
 
@@ -32,10 +37,12 @@ def quantize(
     checkpoint: str | None = None,
     vae_checkpoint: str | None = None,
     random_weights: int | None = None,
+    training: Training | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     loaded: Callable[[ModelEntry], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Bundle:
     """Quantise a model and write its bundle.
 
@@ -47,10 +54,13 @@ def quantize(
         checkpoint: file (or folder) of the generator's weights, where it is not bundled.
         vae_checkpoint: file of the decoder's weights.
         random_weights: a seed; fills a model of that shape with random numbers instead, for engineering only.
+        training: fine-tune what quantisation made, before it is written. A run that is cut off leaves a folder beside
+            the bundle, ``.<name>.training``, and the same call goes on from there.
         out: folder of the bundle; by default ``./qexport-out/<model>-<scheme>``.
         overwrite: replace a bundle that is there.
-        progress: told how far it is.
+        progress: told how far it is; a stage has one name up to a colon, what follows changes.
         loaded: told which model it is, once its weights are read and before the long part.
+        note: told, in a line each, what one should know meanwhile.
 
     Returns:
         The bundle, opened.
@@ -66,21 +76,71 @@ def quantize(
     generator = load_generator(model, checkpoint, vae_checkpoint, random_weights)
     if loaded is not None:
         loaded(generator.entry)
-    decision = Decision(recipe) if recipe else decide(generator, request or Request(scheme or preset()), tell)
+    images = trained_by = None
+    if training is not None:
+        from qexport.training import method_of, prepare
+
+        images = prepare(generator, training)  # what does not fit is said before the slow part
+        trained_by = method_of(generator, training)
+    asked = request or Request(scheme or preset(), TRAINED_FROM if training else DEFAULT_METHOD)
+    decision = Decision(recipe) if recipe else decide(generator, asked, tell)
     recipe = decision.recipe
+    name = scheme_name(recipe, trained_by)
+    folder = Path(out) if out is not None else DEFAULT_FOLDER / f"{generator.entry.name}-{name}"
+    rules = assign_rules(generator, recipe)
+    require_exportable(rules)
     from qexport.solve import needs_calibration, solve
 
-    folder = Path(out) if out is not None else DEFAULT_FOLDER / f"{generator.entry.name}-{recipe.name}"
-    rules = assign_rules(generator, recipe)
-    require_exportable(rules)  # before the slow part
-    work = folder.with_name(f".{folder.name}.calibration") if needs_calibration(rules.values()) else None
-    solution = solve(generator, recipe, work=work, progress=tell)
-    bundle = export(generator, recipe, folder, solution=solution, overwrite=overwrite, progress=tell)
-    if work is not None:
-        shutil.rmtree(work, ignore_errors=True)  # it is there to go on after an interruption
-    if decision.reports:
+    if training is None:
+        with _work(folder, "calibration", needs_calibration(rules.values())) as work:
+            solution = solve(generator, recipe, work=work, progress=tell)
+            bundle = export(generator, recipe, folder, solution=solution, overwrite=overwrite, progress=tell)
+        return _with_reports(bundle, decision.reports)
+
+    from qexport.distill import is_first, process_group, wait
+    from qexport.training import fine_tune, require_trainable
+
+    require_trainable(generator, recipe)
+    _require_free(folder, overwrite)
+    with (
+        process_group(),
+        _work(folder, "calibration", needs_calibration(rules.values()) and is_first()) as work,
+        _work(folder, "training", True) as checkpoints,
+    ):
+        solution = solve(generator, recipe, work=work, progress=tell)
+        trained = fine_tune(
+            generator, recipe, solution, training, images=images, work=checkpoints, progress=tell,
+            note=note or (lambda line: None),
+        )  # fmt: skip
+        if is_first():
+            bundle = export(
+                generator, recipe, folder, solution=trained.solution, training=trained.record, overwrite=overwrite,
+                progress=tell,
+            )  # fmt: skip
+            _with_reports(bundle, {**decision.reports, TRAINING_REPORT: trained.report_bytes()})
+        wait()
+    return Bundle.open(folder, check="size")
+
+
+def _require_free(folder: Path, overwrite: bool) -> None:
+    """Say what `BundleWriter` would, before training and not after it."""
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder}: exists; choose another --out, or allow overwriting")
+
+
+@contextmanager
+def _work(folder: Path, purpose: str, wanted: bool) -> Iterator[Path | None]:
+    """A hidden folder beside the bundle, for what an interrupted run goes on from; gone once the block is through."""
+    path = folder.with_name(f".{folder.name}.{purpose}") if wanted else None
+    yield path
+    if path is not None:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _with_reports(bundle: Bundle, reports: Mapping[str, bytes]) -> Bundle:
+    if reports:
         bundle.reports.mkdir(exist_ok=True)
-        for name, data in decision.reports.items():
+        for name, data in reports.items():
             (bundle.reports / name).write_bytes(data)
     return bundle
 

@@ -11,6 +11,9 @@ from qexport.recipe import Calibration, Recipe, Rule
 from qexport.scheme import Scheme, preset
 
 DEFAULT_METHOD = parse_method("rtn")
+TRAINED_FROM = parse_method("gptq")
+"""Where fine-tuning starts unless somebody says otherwise: the best of what post-training quantisation finds."""
+
 DECODER_BITS = (8, 16)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 Report = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all)."""
+"""Called with (stage, steps done, steps in all); a stage is named up to a colon, what follows may change."""
 
 
 @contextlib.contextmanager
@@ -26,10 +26,11 @@ def work() -> Iterator[Report]:
             tasks: dict[str, TaskID] = {}
 
             def report(stage: str, done: int, total: int) -> None:
-                if stage not in tasks:
+                name = stage.partition(":")[0]
+                if name not in tasks:
                     for task in progress.tasks:  # a new stage means that the ones before are through
                         progress.update(task.id, completed=task.total)
-                    tasks[stage] = progress.add_task(stage, total=total)
-                progress.update(tasks[stage], completed=done, total=total)
+                    tasks[name] = progress.add_task(stage, total=total)
+                progress.update(tasks[name], description=stage, completed=done, total=total)
 
             yield report

@@ -11,7 +11,7 @@ import typer
 from qexport.family import random_seed
 from qexport_cli.options import CheckpointOption, JsonOption, VaeCheckpointOption
 from qexport_cli.progress import work
-from qexport_cli.quantize_choice import choose
+from qexport_cli.quantize_choice import choose, speaks
 from qexport_cli.quantize_result import figures_of, show
 from qexport_cli.render import print_json, print_note
 
@@ -67,12 +67,41 @@ def quantize(
             help="Images the model samples to calibrate (default 8 to 64, by size).",
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the calibration samples (default 0).")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of calibration and of --topkld (default 0).")] = None,
     decoder_wbits: Annotated[
         int | None, typer.Option(metavar="BITS", help="Weights of the decoder's convolutions: 8 or 16 (default 16).")
     ] = None,
     decoder_abits: Annotated[
         int | None, typer.Option(metavar="BITS", help="Their inputs: 8 or 16 (default 16).")
+    ] = None,
+    topkld: Annotated[
+        bool,
+        typer.Option("--topkld", help="Fine-tune the result: the full-precision model teaches its quantised self."),
+    ] = False,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOSS",
+            help="With --topkld: split (default), mixed, boosted; baselines forward, reverse, js, logit-mse, "
+            "cross-entropy.",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="With --topkld: the teacher's likeliest tokens (default 900).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="With --topkld: updates (default 400).")] = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", help="With --topkld: samples of an update (default 16).")
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="With --topkld: rate, relative to each matrix's size (default 0.01)."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="With --topkld: learn on these images (folder or .npz), not on the model's own."
+        ),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Layer by layer from a TOML file, instead of the above.")
@@ -108,6 +137,15 @@ def quantize(
             "--decoder-abits": decoder_abits,
         },
         recipe,
+        {
+            "--topkld": topkld or None,
+            "--variant": variant,
+            "--top-k": top_k,
+            "--steps": steps,
+            "--batch": batch,
+            "--lr": lr,
+            "--data": data,
+        },
     )
 
     from qexport.pipeline import quantize as run
@@ -117,6 +155,7 @@ def quantize(
             model,
             request=chosen.request,
             recipe=chosen.recipe,
+            training=chosen.training,
             checkpoint=checkpoint,
             vae_checkpoint=vae_checkpoint,
             random_weights=random_weights,
@@ -124,7 +163,10 @@ def quantize(
             overwrite=overwrite,
             progress=report,
             loaded=lambda entry: _announce(entry, recognised=model is None),
+            note=print_note,
         )
+    if not speaks():
+        return
     figures = figures_of(bundle, time.perf_counter() - start_s)
     if json:
         print_json(figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from qexport.suggest import nearest
 if TYPE_CHECKING:
     from qexport.recipe import Recipe
     from qexport.request import Budget, Request
+    from qexport.training import Training
 
 DEFAULT_WBITS = 4
 DEFAULT_ABITS = 16
 FP8_WBITS = 8
+TOPKLD = "--topkld"
 FORMATS = ("int", "fp8", "fp8-e5m2")
 STUDY_FORMATS = ("fp6", "fp4")
 _AUTO_ONLY = ("--target-bits", "--target-bytes")
@@ -25,30 +28,69 @@ _NEEDS_WEIGHTS = ("--format", "--method", "--compare", "--act-scales")
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the two is set."""
+    """One of `request` and `recipe` is set."""
 
     request: Request | None
     recipe: Recipe | None
+    training: Training | None = None
 
 
-def choose(options: Mapping[str, Any], recipe: Path | None) -> Choice:
+def choose(options: Mapping[str, Any], recipe: Path | None, taught: Mapping[str, Any] | None = None) -> Choice:
     """The request that the options stand for (by their names; None is not given), or the recipe from its file.
+
+    `taught` are ``--topkld`` and what belongs to it.
 
     Raises:
         InputError: a value that is unknown, or options that contradict each other.
     """
     given = {option: value for option, value in options.items() if value is not None}
+    asked = {option: value for option, value in (taught or {}).items() if value is not None}
+    if asked and TOPKLD not in asked:
+        raise InputError(f"{next(iter(asked))} belongs to {TOPKLD}, which fine-tunes; add {TOPKLD} or leave it out")
+    if asked and given.get("--wbits") == 16:
+        raise InputError(f"{TOPKLD} has no meaning with --wbits 16, which keeps floating point")
     if recipe is not None:
         from qexport.recipe import Recipe
 
         if given:
             option = next(iter(given))
             raise InputError(f"--recipe says what {option} says, for each layer; leave {option} out, or edit {recipe}")
-        return Choice(None, Recipe.from_toml(recipe))
-    return Choice(_request(given), None)
+        read = Recipe.from_toml(recipe)
+        return Choice(None, read, _training(asked, read.calibration.seed))
+    training = _training(asked, given.get("--seed", 0))
+    return Choice(_request(given, training is not None), None, training)
 
 
-def _request(given: Mapping[str, Any]) -> Request:
+def speaks() -> bool:
+    """Whether this process says what was done: of those that ``torchrun`` starts, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _training(asked: Mapping[str, Any], seed: int) -> Training | None:
+    if not asked:
+        return None
+    from qexport.distill import LOSSES, TOPK_LOSSES, Distillation, DistillSettings
+    from qexport.training import Training
+
+    loss = asked.get("--variant", Distillation().loss)
+    if loss not in LOSSES:
+        raise InputError(f"--variant {loss!r} is unknown{nearest(loss, LOSSES)}; one of {', '.join(LOSSES)}")
+    if "--top-k" in asked and loss not in TOPK_LOSSES:
+        raise InputError(f"--top-k belongs to {', '.join(TOPK_LOSSES)}; leave it out with --variant {loss}")
+    for option in ("--top-k", "--steps", "--batch"):
+        if asked.get(option, 1) < 1:
+            raise InputError(f"{option} {asked[option]}: must be at least 1")
+    if not 0 < asked.get("--lr", 1) < float("inf"):
+        raise InputError(f"--lr {asked['--lr']}: must be greater than 0, and finite")
+    settings = {name: asked[f"--{name}"] for name in ("steps", "batch", "lr") if f"--{name}" in asked}
+    return Training(
+        DistillSettings(Distillation(loss, asked.get("--top-k", Distillation().top_k)), seed=seed, **settings),
+        asked.get("--data"),
+        next((option for option in ("--variant", "--top-k") if option in asked), ""),
+    )
+
+
+def _request(given: Mapping[str, Any], trained: bool) -> Request:
     number_format = _number_format(given.get("--format", FORMATS[0]))
     wbits = given.get("--wbits", FP8_WBITS if number_format.startswith("fp8") else DEFAULT_WBITS)
     for option in _NEEDS_WEIGHTS:
@@ -58,10 +100,10 @@ def _request(given: Mapping[str, Any]) -> Request:
         raise InputError("--act-scales has no meaning with --abits 16, which keeps floating point; add --abits 8")
 
     from qexport.methods import AUTO, AUTO_ALGORITHM, parse_method
-    from qexport.request import DEFAULT_METHOD, Request, decoder_scheme
+    from qexport.request import DEFAULT_METHOD, TRAINED_FROM, Request, decoder_scheme
     from qexport.scheme import preset
 
-    name = given.get("--method", DEFAULT_METHOD.name)
+    name = given.get("--method", (TRAINED_FROM if trained else DEFAULT_METHOD).name)
     auto = name == AUTO
     budget = _budget(given, auto)
     method = parse_method(AUTO_ALGORITHM if auto else name)

@@ -46,13 +46,14 @@ def figures_of(bundle: Bundle, spent_s: float) -> dict[str, Any]:
 
 def _reports(bundle: Bundle) -> dict[str, Any]:
     """What was measured while choosing, where anything was."""
-    from qexport.decide import COMPARE_REPORT, SENSITIVITY_REPORT
+    from qexport.decide import COMPARE_REPORT, SENSITIVITY_REPORT, TRAINING_REPORT
 
     found: dict[str, Any] = {}
-    for key, name in (("compare", COMPARE_REPORT), ("sensitivity", SENSITIVITY_REPORT)):
+    for key, name in (("compare", COMPARE_REPORT), ("sensitivity", SENSITIVITY_REPORT), ("training", TRAINING_REPORT)):
         file = bundle.reports / name
         if file.is_file():
             found[key] = json.loads(file.read_text(encoding="utf-8"))
+    found.get("training", {}).pop("losses", None)  # one for each step; they are in the report
     return found
 
 
@@ -87,6 +88,7 @@ def show(bundle: Bundle, figures: Mapping[str, Any]) -> None:
         {
             **warning(figures["source"]),
             "layers": f"{figures.get('layers_quantized', 0)} of {figures.get('layers', '?')} quantised",
+            **_trained(figures.get("training")),
             "took": seconds(figures["seconds"]) + (f", peak memory {memory}" if memory else ""),
             "bundle": f"{bundle.path} ({size(figures['size_bytes'])})",
         }
@@ -95,6 +97,22 @@ def show(bundle: Bundle, figures: Mapping[str, Any]) -> None:
     print_line("next:")
     print_line(f"  qexport verify {bundle.path}")
     print_line(f"  qexport generate {bundle.path}")
+
+
+def _trained(report: Mapping[str, Any] | None) -> dict[str, str]:
+    """Figures on the held-out samples before and after fine-tuning, and what it was."""
+    if report is None:
+        return {}
+    merit = _MERITS[str(report["figure"])]
+    loss = report["loss"] + (f", K {report['top_k']}" if "top_k" in report else "")
+    held = report["settings"]["held_out"]
+    kept = "" if report["best_step"] else "; no better, so the start is kept"
+    return {
+        "fine-tuned": f"{merit} {figure(report['start'])} → {figure(report['best'])} on {held} held-out samples{kept}",
+        "by": f"{loss}, {report['steps']} steps of {report['settings']['batch']}, from {report['start_from']}, "
+        f"in {seconds(report['wall_s'])}",
+        "on": report["data"],
+    }
 
 
 def _show_compared(report: Mapping[str, Any]) -> None:

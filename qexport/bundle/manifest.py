@@ -59,7 +59,8 @@ class Manifest:
     `checkpoints` maps a role to the SHA-256 of the checkpoint file. `layers` has a row for each layer (at least `name`,
     `graph`, `shape`, `format`, `granularity`, `algorithm`, `bits_stored`, `bits_information`, `size_bytes`, `sqnr_db`;
     a row with `activation_format` has quantised activations), `totals` the sums (`bits_per_weight`, `size_bytes` …).
-    `files` is filled in by `BundleWriter`.
+    `training` says how the codes of one graph were trained (at least `method`, `loss`, `start_from`: the algorithms
+    whose codes were trained on, `graph`, `data`, `settings`), None where none were. `files` is filled in by `BundleWriter`.
     """
 
     model: ModelInfo
@@ -72,6 +73,7 @@ class Manifest:
     layers: Sequence[Mapping[str, Any]] = ()
     totals: Mapping[str, Any] = field(default_factory=dict)
     targets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    training: Mapping[str, Any] | None = None
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     qexport_version: str = field(default_factory=installed_version)
     format_version: int = FORMAT_VERSION
@@ -91,6 +93,8 @@ class Manifest:
         for item in fields(self):
             value = getattr(self, item.name)
             data[item.name] = value.to_json() if isinstance(value, Plan) else value
+        if self.training is None:
+            del data["training"]  # so that bundles without keep the digest that they had before there was any training
         data["model"] = asdict(self.model)
         data["files"] = {path: asdict(entry) for path, entry in self.files.items()}
         return json.loads(canonical(data))
@@ -158,6 +162,9 @@ def _check_kinds(data: Mapping[str, Any]) -> None:
         raise TypeError("a size is not a whole number")
     if not all(isinstance(row, dict) for row in data["layers"]) or not isinstance(data["totals"], dict):
         raise TypeError("layers or totals are of the wrong kind")
+    training = data.get("training")
+    if training is not None and not (isinstance(training, dict) and isinstance(training.get("graph"), str)):
+        raise TypeError("training is of the wrong kind")
 
 
 def _parse(text: bytes) -> dict[str, Any]:

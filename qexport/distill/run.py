@@ -51,6 +51,7 @@ def distill(
     work: Path | None = None,
     progress: Progress | None = None,
     drawing: Callable[[int, int], None] | None = None,
+    resumed: Callable[[int], None] | None = None,
 ) -> Distilled:
     """Train the quantised model to do what the full-precision one does.
 
@@ -63,6 +64,7 @@ def distill(
         work: a folder for checkpoints; the same call then goes on where it was cut off, to the same result.
         progress: told after every step.
         drawing: told how many samples are drawn.
+        resumed: told after how many steps it goes on, where it does.
 
     Returns:
         `solution` with the weights of the trained graph replaced, and activation scales where they were learned; never
@@ -97,7 +99,7 @@ def distill(
         one = next(held.batches(1))
         require_memory(estimate_bytes(student, one, share, settings.ema > 0), processes.world())
         trainer = Trainer(student, task.predictor(generator), task, (trained_on, held), settings, checkpoints)
-        trained = trainer.run(progress)
+        trained = trainer.run(progress, resumed)
     found = replace(
         solution,
         weights={**solution.weights, **trained.weights},

@@ -15,7 +15,7 @@ Legend: B samples, L tokens, V vocabulary, S steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -59,15 +59,6 @@ class Task(Protocol):
         ...
 
 
-def differentiable(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A family's method as it is without the `torch.no_grad` that decorates it, bound to the same object.
-
-    Families answer questions of quality without gradients; the computation underneath is the same.
-    """
-    plain: Any = getattr(method, "__wrapped__", None)
-    return method if plain is None else plain.__get__(getattr(method, "__self__", None))
-
-
 class TokenTask:
     """Teaching of a model that draws tokens."""
 
@@ -101,7 +92,7 @@ class TokenTask:
     def predictor(self, generator: Generator) -> Callable[..., Tensor]:
         """(labels, tokens) → logits (B, L, V)."""
         assert generator.quality is not None
-        return differentiable(generator.quality.teacher_forced_logits)
+        return generator.quality.teacher_forced_logits
 
     def place_steps(self, scale_S: Tensor, x: Tensor, batch: Batch) -> Tensor:
         """One step per scale: (L, 1) for an input with positions; one without is the same at every step."""
@@ -135,7 +126,7 @@ class DenoiseTask:
     def predictor(self, generator: Generator) -> Callable[..., Tensor]:
         """(noisy, t, labels) → output (B, ≥ C, h, w)."""
         assert generator.denoise is not None
-        return differentiable(generator.denoise.model.denoise)
+        return generator.denoise.model.denoise
 
     def place_steps(self, scale_S: Tensor, x: Tensor, batch: Batch) -> Tensor:
         """(B, 1, …): each sample has the step of its timestep."""
@@ -144,7 +135,14 @@ class DenoiseTask:
         return scale_S[self._step_of[batch[1]]].reshape(-1, *[1] * (x.ndim - 1))
 
     def loss(self, teacher: Tensor, student: Tensor, batch: Batch) -> Tensor:
-        """Mean over samples of the squared error over the mean square of the teacher's output, all channels."""
+        """Mean over samples of the squared error over the mean square of the teacher's output, all channels.
+
+        Raises:
+            InputError: shapes that differ: the teacher is not of the student's model.
+        """
+        if teacher.shape != student.shape:
+            shapes = f"{tuple(teacher.shape)} and {tuple(student.shape)}"
+            raise InputError(f"outputs of teacher and student have shapes {shapes}; they are not the same model")
         error, power = ((values.square().flatten(1).mean(1)) for values in (student - teacher, teacher))
         return (error / power).mean()
 

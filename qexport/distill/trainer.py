@@ -85,14 +85,16 @@ class Trainer:
         self._best: tuple[dict[str, QuantizedTensor], dict[str, Activation]] | None = None
         self._step = 0
 
-    def run(self, progress: Progress | None = None) -> Trained:
-        """Train from the last checkpoint, or from the start.
+    def run(self, progress: Progress | None = None, resumed: Callable[[int], None] | None = None) -> Trained:
+        """Train from the last checkpoint, or from the start; `resumed` is told after how many steps it goes on.
 
         Raises:
             InputError: the loss or the gradient is not finite, or a checkpoint cannot be read or written.
         """
         settings = self._settings
         self._restore()
+        if self._step and resumed is not None:
+            resumed(self._step)
         if not self.history.judged:
             self._judge()
         model = processes.parallel(self._student)
@@ -117,6 +119,8 @@ class Trainer:
         with self._precision(), recomputed(blocks, self._student.again):
             teacher = self._teach(batch)
             output = model(*batch)
+        if not output.requires_grad:
+            raise InputError("distillation: no gradient passes through the model; its family must not turn them off")
         loss = self._task.loss(output.detach() if teacher is None else teacher, output, batch)
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -28,7 +28,7 @@ from qexport.reference.twin import quantised_twin
 from qexport.solution import Activation, Solution
 from qexport.verify.checks import NOWHERE, Check, Place, at_most
 from qexport.verify.onnx_file import OnnxFile
-from qexport.verify.solved_codes import SolvedCodes, judge, must_be_read, read_codes
+from qexport.verify.solved_codes import SolvedCodes, judge, must_be_read, read_codes, trained_graph
 from qexport.verify.weights import Layer
 
 
@@ -81,6 +81,7 @@ def load_models(
     except InputError as error:
         return f"the recipe in the bundle cannot be replayed: {error}"
     smooth, activations = read_calibration(bundle.path, rules)
+    trained = trained_graph(bundle.manifest)
     solution = Solution(_codes(bundle, generator, rules), smooth, activations)
     layers: list[Layer] = []
     solved: list[SolvedCodes] = []
@@ -89,7 +90,7 @@ def load_models(
         if weight.layer is None or weight.rule is None or weight.rule.weight is None:
             return
         layers.append(Layer(weight.layer, weight.graph, weight.name, weight.rule.activation is not None))
-        found = judge(weight)
+        found = judge(weight, weight.graph == trained)
         if found is not None:
             solved.append(found)
 
@@ -106,8 +107,9 @@ def load_models(
 
 
 def _codes(bundle: Bundle, generator: Generator, rules: Mapping[str, Rule]) -> dict[str, QuantizedTensor]:
-    """The codes of every layer whose algorithm saw inputs, from the bundle."""
-    wanted = {layer: rule for layer, rule in rules.items() if must_be_read(rule)}
+    """The codes of every layer whose algorithm saw inputs or that was trained, from the bundle."""
+    trained, places = trained_graph(bundle.manifest), places_of(generator, rules)
+    wanted = {layer: rule for layer, rule in rules.items() if must_be_read(rule, places[layer][0] == trained)}
     if not wanted:
         return {}
     files = {name: OnnxFile(name, path, bundle.path) for name, path in bundle.graph_files().items()}

@@ -73,9 +73,8 @@ class DiTQuality:
         alpha = self._alphas_cumprod[t][:, None, None, None]
         return alpha.sqrt().float() * latents + (1 - alpha).sqrt().float() * noise
 
-    @torch.no_grad()
     def denoise(self, noisy: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Noise, then the variance coordinate: (n, 2C, h, w)."""
+        """Noise, then the variance coordinate: (n, 2C, h, w); with gradients, where the parameters want any."""
         return self.dit(noisy, t, labels)
 
     def graph_inputs(self, noisy: np.ndarray, t: int, labels: np.ndarray) -> Mapping[str, np.ndarray]:

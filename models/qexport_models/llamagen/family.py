@@ -71,9 +71,8 @@ class LlamaGenQuality:
         """Images (n, 3, H, W) in [0, 1] → tokens (n, L)."""
         return self.vq.encode(images)
 
-    @torch.no_grad()
     def teacher_forced_logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        """Labels (n,), tokens (n, L) → logits (n, L, V)."""
+        """Labels (n,), tokens (n, L) → logits (n, L, V); with gradients, where the parameters want any."""
         return self.gpt(labels, tokens[:, :-1])
 
 

@@ -49,9 +49,8 @@ class VARQuality:
         """Images (n, 3, H, W) in [0, 1] → tokens (n, L)."""
         return torch.cat(self.vae.tokenize(images * 2 - 1), dim=1)
 
-    @torch.no_grad()
     def teacher_forced_logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        """Labels (n,), tokens (n, L) → logits (n, L, V)."""
+        """Labels (n,), tokens (n, L) → logits (n, L, V); with gradients, where the parameters want any."""
         by_scale = list(torch.split(tokens, list(self.scale_lengths), dim=1))
         return self.var(labels, self.vae.quantize.teacher_forcing_input(by_scale))
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import onnx
-import onnx_ir as ir
 import pytest
+from tracing import traced_once
 
 from qexport.bundle import Manifest
 from qexport.bundle.manifest import FileEntry
-from qexport.family import Generator, Part, find_model
-from qexport.graph import capture
+from qexport.family import Generator, find_model
 from qexport.pipeline import quantize
 from qexport.scheme import preset
 
@@ -43,17 +42,8 @@ def generator() -> Generator:
 
 @pytest.fixture(scope="session")
 def captured() -> Iterator[None]:
-    """Tracing a part takes seconds and gives the same every time: while this is in use, each part is traced once."""
-    traced: dict[int, tuple[Part, ir.Model]] = {}
-    trace = capture._trace
-
-    def once(part: Part, sizes: Mapping[str, int]) -> ir.Model:
-        if id(part) not in traced:
-            traced[id(part)] = part, trace(part, sizes)  # the part is kept, so that no other gets its identity
-        return traced[id(part)][1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "_trace", once)
+    """Each part is traced once."""
+    with traced_once():
         yield
 
 
