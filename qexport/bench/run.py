@@ -132,7 +132,7 @@ def bench(
 def _open(paths: Sequence[str | Path]) -> list[Bundle]:
     if not paths:
         raise InputError("no bundle; name at least one")
-    bundles = [Bundle.open(path, "size") for path in paths]
+    bundles = [Bundle.open(path) for path in paths]
     models = {bundle.manifest.model.name for bundle in bundles}
     if len(models) > 1:
         raise InputError(f"bundles of different models ({', '.join(sorted(models))}); bench one model at a time")
