@@ -60,7 +60,8 @@ class Manifest:
     `graph`, `shape`, `format`, `granularity`, `algorithm`, `bits_stored`, `bits_information`, `size_bytes`, `sqnr_db`;
     a row with `activation_format` has quantised activations), `totals` the sums (`bits_per_weight`, `size_bytes` …).
     `training` says how the codes of one graph were trained (at least `method`, `loss`, `start_from`: the algorithms
-    whose codes were trained on, `graph`, `data`, `settings`), None where none were. `files` is filled in by `BundleWriter`.
+    whose codes were trained on, `graph`, `data`, `settings`), None where none were. `files` is filled in by
+    `BundleWriter`.
     """
 
     model: ModelInfo
