@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -42,12 +43,24 @@ def serve(
         int | None,
         typer.Option(metavar="N", min=1, help="Draw in N processes for each bundle; one that ends is started again."),
     ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Draw in replicas on a Ray cluster: RAY_ADDRESS, or this machine.")
+    ] = False,
+    replicas: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="With --ray: replicas of each bundle; 1 if left out.")
+    ] = None,
 ) -> None:
     """Serve images over HTTP: POST /v1/images, a page to try it at /, the interface at /docs.
 
     Requests that come together are drawn together. Give several bundles to compare them side by side. The log goes to
     stderr, one JSON object a line.
     """
+    if ray and workers is not None:
+        raise InputError("--workers and --ray exclude each other; with --ray give --replicas")
+    if replicas is not None and not ray:
+        raise InputError("--replicas needs --ray; processes on this machine are --workers")
+    if ray and find_spec("ray") is None:
+        raise InputError("--ray needs qexport[ray]: pip install 'qexport[ray]'")
     try:
         from qexport.serve import ServeSettings
         from qexport.serve.server import serve as run
@@ -66,7 +79,16 @@ def serve(
         drain_delay_s=drain_delay,
         drain_s=drain,
     )
-    run(bundles, settings, host=host, port=port, provider=provider, threads=threads, workers=workers)
+    run(
+        bundles,
+        settings,
+        host=host,
+        port=port,
+        provider=provider,
+        threads=threads,
+        workers=workers,
+        replicas=(replicas or 1) if ray else None,
+    )
 
 
 def _sizes(text: str) -> tuple[int, ...]:

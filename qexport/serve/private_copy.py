@@ -35,6 +35,11 @@ LOCK = "lock"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def name_of(path: str | Path) -> str:
+    """What a bundle is called where several are served: the name of its folder."""
+    return Path(path).resolve().name
+
+
 def load_private(path: str | Path, provider: str = "auto", threads: int | None = None) -> Runtime:
     """A runtime of the bundle at `path` that is independent of the files there.
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import os
 import signal
 import socket
 import threading
@@ -23,16 +21,14 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qexport.errors import InputError
-from qexport.runtime.session import choose_provider
 from qexport.serve.api import create_app
 from qexport.serve.drawers import LocalDrawer
 from qexport.serve.engine import Engine
 from qexport.serve.logs import event, to_stderr
 from qexport.serve.metrics import Metrics
-from qexport.serve.private_copy import keep, load_private, remove_leftovers
-from qexport.serve.process_drawer import ProcessDrawer, devices_of, threads_of
+from qexport.serve.private_copy import load_private, name_of
 from qexport.serve.settings import ServeSettings
-from qexport.targets.ort_cuda import device_count
+from qexport.serve.workers import build_with_workers
 
 BACKLOG = 512
 KEEP_ALIVE_S = 15
@@ -52,41 +48,8 @@ def build(
         event("loading", path=str(path))
         runtime = load_private(path, provider, threads)
         drawers = [LocalDrawer(runtime)]
-        engines.append(Engine(_name(path), runtime.bundle, drawers, runtime.provider, settings, metrics))
+        engines.append(Engine(name_of(path), runtime.bundle, drawers, runtime.provider, settings, metrics))
     return create_app(engines, settings, metrics)
-
-
-@contextlib.contextmanager
-def build_with_workers(
-    paths: Sequence[str | Path],
-    settings: ServeSettings,
-    workers: int,
-    provider: str = "auto",
-    threads: int | None = None,
-) -> Iterator[FastAPI]:
-    """The same with `workers` processes for each bundle; this process loads no graph. Their files last as the context.
-
-    Raises:
-        InputError: as `build`; or the provider cannot be used.
-    """
-    metrics = Metrics()
-    chosen = choose_provider(provider)
-    count = device_count() if chosen == "cuda" else 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    share = threads_of(workers * len(paths), threads)
-    for folder in remove_leftovers():
-        event("removed", logging.WARNING, path=str(folder), why="left behind by a service that was killed")
-    with contextlib.ExitStack() as stack:
-        engines = []
-        for path in paths:
-            event("loading", path=str(path))
-            bundle = stack.enter_context(keep(path))
-            drawers = [
-                ProcessDrawer(bundle.path, chosen, share, devices_of(worker, count, visible))
-                for worker in range(workers)
-            ]
-            engines.append(Engine(_name(path), bundle, drawers, chosen, settings, metrics))
-        yield create_app(engines, settings, metrics)
 
 
 def serve(
@@ -98,26 +61,27 @@ def serve(
     provider: str = "auto",
     threads: int | None = None,
     workers: int | None = None,
+    replicas: int | None = None,
 ) -> None:
-    """Serve until a signal comes: in this process, or with `workers` processes that draw.
+    """Serve until a signal comes: in this process, with `workers` processes, or with `replicas` on a Ray cluster.
 
     Raises:
-        InputError: as `build`; or the address cannot be listened on.
+        InputError: as `build`; or the address cannot be listened on, or there is no cluster.
     """
     to_stderr()
     listener = listen(host, port)
     with contextlib.closing(listener), contextlib.ExitStack() as stack:
-        if workers is None:
-            app = build(paths, settings, provider, threads)
-        else:
+        if replicas is not None:
+            from qexport.serve.on_ray import build_on_ray
+
+            app = stack.enter_context(build_on_ray(paths, settings, replicas, provider, threads))
+        elif workers is not None:
             app = stack.enter_context(build_with_workers(paths, settings, workers, provider, threads))
+        else:
+            app = build(paths, settings, provider, threads)
         address = listener.getsockname()
         event("listening", host=address[0], port=address[1])
         run(app, listener, settings)
-
-
-def _name(path: str | Path) -> str:
-    return Path(path).resolve().name
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -34,8 +34,9 @@ main()
 class Process:
     """`qexport serve` with its log, on a port that the system chose."""
 
-    def __init__(self, *arguments, temporary: Path, group: bool = False):
+    def __init__(self, *arguments, temporary: Path, group: bool = False, strict: bool = True):
         self.temporary = temporary
+        self.strict = strict  # whether every line of the log must be ours
         self.process = subprocess.Popen(
             [sys.executable, "-c", COMMAND, "serve", *map(str, arguments), "--port", "0", "--threads", "1"],
             stderr=subprocess.PIPE,
@@ -56,7 +57,8 @@ class Process:
 
     def _read(self):
         for line in self.process.stderr:
-            self._lines.put(json.loads(line))
+            if self.strict or line.startswith("{"):
+                self._lines.put(json.loads(line))
         self._lines.put(None)
 
     def wait_for(self, event):
