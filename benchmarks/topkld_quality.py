@@ -13,8 +13,8 @@ tokens; denoisers by the squared output error on every 40th (250). FD of --fd ge
 CPU in float32.
 
 One line of topkld_quality.jsonl a row, written when it is done; what is there is not measured again, and a training run
-that was cut off goes on from its checkpoint. The table, topkld_quality.md, is made of all lines. The data set is read,
-never copied.
+that was cut off goes on from its checkpoint. The tables, topkld_quality.md, are made of all lines (`topkld_tables.py`);
+--table makes them of the lines that are there and measures nothing. The data set is read, never copied.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from topkld_tables import levels_table, pairs_table
 
 from qexport.compare import make_judge
 from qexport.distill import TOPK_LOSSES, Distillation, DistillSettings, Samples, distill, drawn_latents, drawn_tokens
@@ -245,7 +246,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             cell(row, "information_bits_per_weight", 2), cell(row, "wall_s", 0), f"{peak / 1e6:.0f}" if peak else "",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    lines += ["", *pairs_table(rows), *levels_table(rows)]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -254,7 +256,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="CIFAR-10's test images: cifar_test.npz")
+    parser.add_argument("--images", type=Path, help="CIFAR-10's test images: cifar_test.npz")
+    parser.add_argument("--table", action="store_true", help="only make the tables of what has been measured")
     parser.add_argument("--train", type=Path, help="train on the tokens of these images, not on the teacher's samples")
     parser.add_argument("--models", nargs="+", default=["var-c10-d2", "var-c10-d3", "var-c10-d4"])
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
@@ -270,6 +273,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("qexport-out") / "topkld-work", help="samples, checkpoints")
     parser.add_argument("--out", type=Path, default=RESULTS / "topkld_quality.jsonl")
     options = parser.parse_args()
+    if options.table:
+        options.out.with_suffix(".md").write_text(table(read(options.out)))
+        return
+    if options.images is None:
+        parser.error("--images is needed, unless --table")
     torch.set_num_threads(options.threads)
     environment = describe_environment("cpu")
 
