@@ -1,0 +1,201 @@
+"""Why VAR and DiT keep, or lose, what they do when weights are rounded to 4, 3 and 2 bits.
+
+    python benchmarks/scaling_analysis.py --images cifar_test.npz
+
+Round to nearest, groups of 32, block matrices; torch on the CPU in float32, no bundle. Sections (`--sections`):
+`middle` (error of the residual stream), `flips` (VAR: errors before and after the draw), `control` (DiT: clean latents
+put onto a k-means codebook), `kinds` (sensitivity per kind of layer), `moderators` (guidance and filters). Each is
+written to results/scaling_analysis.json when it is done and not measured again; `--again` does. At the end all figures
+are drawn: results/scaling_analysis-*.svg and .png. The data set is read, never copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qexport.compare import make_judge
+from qexport.family import Generator, find_model
+from qexport.scaling.analysis import plots
+from qexport.scaling.analysis.codebook import Codebook
+from qexport.scaling.analysis.flips import flips
+from qexport.scaling.analysis.kinds import sensitivity_of_kinds
+from qexport.scaling.analysis.middle import middle_errors
+from qexport.scaling.analysis.moderators import frechet, moderated, settings_of
+from qexport.scaling.analysis.rediscretise import EACH, NONE, controls, decoded
+from qexport.scaling.analysis.subject import rounded
+from qexport.verify.environment import describe_environment
+from qexport.verify.fd import measure_fd
+from qexport.verify.images import open_images
+
+RESULTS = Path(__file__).parent / "results" / "scaling_analysis.json"
+MODELS = ("var-c10-d2", "dit-c10-d2")
+CODES = (64, 1024)
+CODEBOOK_IMAGES, JUDGED_IMAGES = 500, 50
+ENCODE_BATCH = 50
+
+
+class Bench:
+    """One model, and its rounded versions as they are needed."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        family, entry = find_model(name)
+        self.full, self.options = family.load(entry, None, None), options
+        self._rounded: dict[int, Generator] = {}
+
+    def rounded(self, bits: int) -> Generator:
+        """The model at so many bits."""
+        if bits not in self._rounded:
+            self._rounded[bits] = rounded(self.full, bits)
+        return self._rounded[bits]
+
+    def middle(self) -> Any:
+        """Width → errors of the residual stream."""
+        samples = self.options.samples
+        return {
+            bits: middle_errors(self.full, self.rounded(bits), samples=samples).to_json() for bits in self.options.bits
+        }
+
+    def flips(self) -> Any:
+        """Width → what draws make of errors; None for a model that draws nothing."""
+        if self.full.draw is None:
+            return None
+        found = {bits: flips(self.full, self.rounded(bits), samples=self.options.samples) for bits in self.options.bits}
+        return {
+            bits: {"overall": d.overall(), "per_call": d.per_call(), "by_error": d.by_error(), "n": d.samples}
+            for bits, d in found.items()
+        }
+
+    def control(self) -> Any:
+        """Codebook → ways of a denoiser; None for a model that does not denoise."""
+        if self.full.denoise is None:
+            return None
+        images = self.images(CODEBOOK_IMAGES)
+        encode = self.full.denoise.model.encode
+        latents = torch.cat([encode(torch.from_numpy(x)) for x, _ in images.batches(ENCODE_BATCH)])
+        result: dict[str, Any] = {"codebook_images": len(images)}
+        for count in CODES:
+            book = Codebook.of_latents(latents, count)
+            ways = {
+                bits: [c.to_json() for c in controls(self.full, self.rounded(bits), book, samples=self.options.samples)]
+                for bits in self.options.bits
+            }
+            result[str(count)] = {"distortion": book.distortion(latents), "ways": ways}
+        if self.options.fd and self.full.features is not None:
+            book = Codebook.of_latents(latents, CODES[-1])
+            result["fd"] = {
+                f"{label} {way}": measure_fd(
+                    decoded(model, book, way, images=self.options.fd), self.full.features, 0
+                ).to_json()
+                for label, model in [("fp", self.full), *((f"W{b}", self.rounded(b)) for b in self.options.bits)]
+                for way in (NONE, EACH)
+            }
+        return result
+
+    def kinds(self) -> Any:
+        """Cost of single layers, on real images."""
+        images = self.images(JUDGED_IMAGES)
+        judge = make_judge(self.full, images=self.options.images, every=self.every(JUDGED_IMAGES))
+        kinds, rows = sensitivity_of_kinds(self.full, judge)
+        return {"n": len(images), "kinds": [k.to_json() for k in kinds], "layers": [row.to_json() for row in rows]}
+
+    def moderators(self) -> Any:
+        """One row a setting of the sampler."""
+        images, rows = self.options.fd, []
+        for settings in settings_of(self.full):
+            row: dict[str, Any] = {"settings": dict(settings)}
+            if images:
+                row["fd_fp"] = frechet(self.full, settings, images)
+            for bits in self.options.bits:
+                row[f"W{bits}"] = moderated(
+                    self.full, self.rounded(bits), settings, samples=self.options.samples, images=images
+                )
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        return rows
+
+    def every(self, images: int) -> int:
+        """Which share of the images are about so many."""
+        entry = self.full.entry
+        there = len(open_images(self.options.images, size=entry.image_size, num_classes=entry.num_classes))
+        return max(1, there // images)
+
+    def images(self, count: int) -> Any:
+        """About so many of the images, spread over all classes."""
+        entry = self.full.entry
+        size, classes = entry.image_size, entry.num_classes
+        return open_images(self.options.images, size=size, num_classes=classes, every=self.every(count))
+
+
+SECTIONS: dict[str, Callable[[Bench], Any]] = {
+    "middle": Bench.middle,
+    "flips": Bench.flips,
+    "control": Bench.control,
+    "kinds": Bench.kinds,
+    "moderators": Bench.moderators,
+}
+
+
+def draw(data: dict[str, Any], folder: Path) -> None:
+    """All figures that the results allow."""
+    models = data["models"]
+    for name, found in models.items():
+        step = "scale" if "flips" in found else "step"
+        stem = folder / f"scaling_analysis-{name}"
+        if "middle" in found:
+            widest = max(found["middle"], key=int)
+            plots.save(plots.middle_figure(found["middle"][widest], step), stem.with_name(f"{stem.name}-middle"))
+            plots.save(plots.widths_figure(found["middle"], step), stem.with_name(f"{stem.name}-widths"))
+        if "flips" in found:
+            plots.save(plots.flips_figure(found["flips"]), stem.with_name(f"{stem.name}-flips"))
+        if "control" in found:
+            control = found["control"][str(CODES[-1])]["ways"]
+            widest = max(control, key=int)
+            figure = plots.control_figure(control[widest], f"W{widest}, {CODES[-1]} codes")
+            plots.save(figure, stem.with_name(f"{stem.name}-control"))
+    kinds = {name: found["kinds"]["kinds"] for name, found in models.items() if "kinds" in found}
+    if kinds:
+        plots.save(plots.kinds_figure(kinds), folder / "scaling_analysis-kinds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, help="CIFAR-10's test images: cifar_test.npz")
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--bits", nargs="+", type=int, default=(4, 3, 2))
+    parser.add_argument("--samples", type=int, default=20, help="trajectories")
+    parser.add_argument("--fd", type=int, default=200, help="images for FD; 0 leaves it out")
+    parser.add_argument("--again", action="store_true", help="measure what is there anew")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    data = json.loads(options.out.read_text()) if options.out.exists() else {"models": {}}
+    data["environment"] = describe_environment("cpu")
+    for name in options.models:
+        found = data["models"].setdefault(name, {})
+        bench: Bench | None = None
+        for section in options.sections:
+            if section in found and not options.again:
+                continue
+            bench = bench or Bench(name, options)
+            measured = SECTIONS[section](bench)
+            if measured is None:
+                continue
+            found[section] = json.loads(json.dumps(measured))
+            found.setdefault("samples", {})[section] = options.samples
+            temporary = options.out.with_suffix(".tmp")
+            temporary.write_text(json.dumps(data, indent=1) + "\n")
+            temporary.replace(options.out)
+            print(f"{name}: {section} done", flush=True)
+    draw(data, options.out.parent)
+
+
+if __name__ == "__main__":
+    main()
