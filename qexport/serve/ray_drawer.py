@@ -33,6 +33,9 @@ HEALTH_EVERY_S = 2.0
 DRAIN_S = 5.0
 """How long a replica may go on after it was told to end; the front has finished with it by then."""
 
+ADDRESS = "RAY_ADDRESS"
+"""Ray's own variable."""
+
 
 class Replica:
     """What runs on the cluster, one a process."""
@@ -124,13 +127,14 @@ def deployed(
             raise InputError(f"Ray Serve could not start {name}: {_reason(error)}") from error
         yield bundle, [RayDrawer(handle) for _ in range(replicas)], chosen
     finally:
-        with contextlib.suppress(Exception):  # the cluster may be gone already
-            serve.delete(app)
+        if ADDRESS in os.environ:  # a cluster of ours ends as a whole
+            with contextlib.suppress(Exception):  # the cluster may be gone already
+                serve.delete(app)
 
 
 @contextlib.contextmanager
 def cluster(replicas: int, threads: int) -> Iterator[None]:
-    """Ray as the environment says: the cluster at ``RAY_ADDRESS``, one that runs here, or a new one on this machine.
+    """The cluster at ``RAY_ADDRESS`` (``auto``: the one that runs here), or else a new one on this machine.
 
     Raises:
         InputError: the cluster cannot be reached, or a new one on this machine has too few cores.
@@ -142,7 +146,10 @@ def cluster(replicas: int, threads: int) -> Iterator[None]:
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False, namespace="qexport")
+        address = os.environ.get(ADDRESS, "local")
+        ray.init(
+            address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False, namespace="qexport"
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"no Ray cluster: {_reason(error)}") from error
     try:
