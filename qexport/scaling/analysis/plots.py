@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from qexport.verify.plots import COLOURS, GRID, INK, MUTED, STYLE
@@ -51,27 +52,30 @@ def widths_figure(found: Mapping[str, Mapping[str, Any]], step: str) -> Figure:
 def flips_figure(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Flips against the divergence that caused them, and what is handed on, drawn or as an expectation, per scale."""
     figure, (left, right) = _figure(2)
-    for (bits, one), colour in zip(found.items(), COLOURS, strict=False):
+    flipping: dict[str, tuple[Any, str]] = {
+        "flip": ("-", "inverse CDF"),
+        "race_flip": ("--", "race"),
+        "tv": (":", "least possible"),
+    }
+    handing: dict[str, tuple[Any, str]] = {"race_hard": ("-", "drawn (race)"), "soft": (":", "expected code")}
+    for one, colour in zip(found.values(), COLOURS, strict=False):
         kl = [row["kl"] for row in one["by_error"]]
-        for name, style, label in (
-            ("flip", "-", "inverse CDF"),
-            ("race_flip", "--", "race"),
-            ("tv", ":", "least possible"),
-        ):
-            rows = [row[name] for row in one["by_error"]]
-            left.plot(kl, rows, style, color=colour, linewidth=1.5, label=f"W{bits}, {label}")
-        for name, style, label in (("race_hard", "-", "drawn (race)"), ("soft", ":", "expected code")):
+        for name, (style, _) in flipping.items():
+            left.plot(kl, [row[name] for row in one["by_error"]], style, color=colour, linewidth=1.5)
+        for name, (style, _) in handing.items():
             rows = [max(row[name], _LEAST) for row in one["per_call"]]
-            right.plot(range(1, len(rows) + 1), rows, style, color=colour, linewidth=1.5, label=f"W{bits}, {label}")
+            right.plot(range(1, len(rows) + 1), rows, style, color=colour, linewidth=1.5)
     left.set_xscale("log")
     left.set_xlabel("KL before the draw, nats")
     left.set_ylabel("share of tokens that flip")
     left.set_ylim(0, 1)
-    right.set_yscale("log")
+    _logarithmic(right)
     right.set_xlabel("scale")
-    right.set_ylabel("squared error handed on, relative")
-    _legend(left, below=True)
-    _legend(right, below=True)
+    right.set_ylabel("squared error of the code")
+    widths = [Line2D([], [], color=c, label=f"W{bits}") for bits, c in zip(found, COLOURS, strict=False)]
+    for axes, kinds in ((left, flipping), (right, handing)):
+        styles = [Line2D([], [], color=INK, linestyle=style, label=label) for style, label in kinds.values()]
+        _legend(axes, [*styles, *widths])
     return figure
 
 
@@ -138,10 +142,7 @@ def _lines(
             range(1, len(shown) + 1), shown, style, marker=marker, markersize=3, linewidth=1.5, color=own, label=name
         )
     if log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=8))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _logarithmic(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -153,8 +154,13 @@ def _same_range(panels: Sequence[Axes]) -> None:
         axes.set_ylim(min(low), max(high))
 
 
-def _legend(axes: Axes, below: bool = False) -> None:
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    if below:
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
-    axes.legend(frameon=False, fontsize=7.5, labelcolor=INK, **place)
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=8))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(axes: Axes, handles: Sequence[Line2D] | None = None) -> None:
+    place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    axes.legend(handles=handles, frameon=False, fontsize=7.5, labelcolor=INK, **place)
