@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qexport.errors import InputError
 from qexport_cli.options import JsonOption
 from qexport_cli.progress import work
 from qexport_cli.render import Column, print_facts, print_json, print_line, print_table, size
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from qexport.lower import LowerReport
 
 COLUMNS = (Column("graph"), Column("rewrite"), Column("places", right=True), Column("left alone because", shorten=True))
+
+CHOICE_COLUMNS = (Column("stored as"), Column("runs as"), Column("layers", right=True), Column("because", fold=True))
 
 
 def lower(
@@ -28,18 +31,32 @@ def lower(
         str | None,
         typer.Option("--dtype", metavar="float16|float32", help="What they compute in; the target has a default."),
     ] = None,
+    optimize: Annotated[
+        str | None,
+        typer.Option(
+            "--optimize", metavar="latency|memory|balanced", help="Choose each layer's form by what was measured."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time that --optimize is for.")] = 1,
+    table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Table of --optimize, from `qexport bench --calibrate-device`."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Rewrite a bundle's graphs for one provider and put them beside the portable ones.
 
-    Weights whose bytes do not change are shared. Graphs of the same target are replaced.
+    Weights whose bytes do not change are shared. Graphs of the same target are replaced. With --optimize, layers whose
+    codes are slower than floating point on that device are dequantised when a session is made; numbers stay the same.
     """
+    if optimize is None and table is not None:
+        raise InputError("--table goes with --optimize")
     from qexport.bundle import Bundle
     from qexport.lower import lower as run
 
     path = bundle if bundle is not None else Bundle.newest()
     with work() as progress:
-        report = run(path, target, dtype=dtype, progress=progress)
+        report = run(path, target, dtype=dtype, optimize=optimize, batch=batch, table=table, progress=progress)
     if json:
         print_json(report.to_json())
         return
@@ -51,6 +68,12 @@ def lower(
     ]
     if rows:
         print_table(COLUMNS, rows)
+        print_line()
+    if report.choices:
+        from qexport.lower.choose import summary
+
+        counted = [(*key[:2], count, key[2]) for key, count in summary(report.choices).items()]
+        print_table(CHOICE_COLUMNS, counted)
         print_line()
     print_facts(_facts(report))
     print_line(str(path))
@@ -68,6 +91,11 @@ def _facts(report: LowerReport) -> dict[str, object]:
         "added": f"{size(report.added_bytes)}, of which {size(report.weights_bytes)} are weights that changed",
         "files": files or "none: nothing was to be rewritten, the portable graphs are used",
     }
+    if report.aim:
+        facts["chosen for"] = (
+            f"{report.aim['optimize']}, batch {report.aim['batch']}, by the table of {report.aim['device']}"
+        )
+        facts["every layer"] = f"reports/lower-{report.target}.json"
     if report.provider != "cpu":
         facts["speed"] = f"not measured on {report.provider.upper()} here"
     return facts

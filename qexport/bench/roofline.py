@@ -18,8 +18,8 @@ from typing import Any
 import onnx
 
 from qexport.bench.ceilings import Ceilings
-from qexport.lower.graphs import DTYPE_KEY
 from qexport.lower.work import GraphWork
+from qexport.targets.keys import DTYPE_KEY
 
 BITS: dict[int, int] = {
     onnx.TensorProto.FLOAT: 32, onnx.TensorProto.FLOAT16: 16, onnx.TensorProto.BFLOAT16: 16,

@@ -4,7 +4,7 @@ A bundle is read from its manifest, without torch and without onnx; where onnx i
 """
 
 from qexport.inspect.bundle import BundleReport, GraphRow, inspect_bundle
-from qexport.inspect.fusion import Fusion, WeightUse, fused_forms
 from qexport.inspect.layers import LayerRow
+from qexport.targets import Fusion, WeightUse, fused_forms
 
 __all__ = ["BundleReport", "Fusion", "GraphRow", "LayerRow", "WeightUse", "fused_forms", "inspect_bundle"]

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qexport.bundle import Bundle
-from qexport.inspect.fusion import WeightUse, fused_forms
 from qexport.inspect.layers import LayerRow
-from qexport.scheme import PerToken
-
-CONVOLUTION_DIMENSIONS = 4
-"""Of a weight (outputs, inputs, height, width)."""
+from qexport.targets import fused_forms
+from qexport.targets.fusion import use_of
 
 
 @dataclass(frozen=True)
@@ -76,14 +73,6 @@ def inspect_bundle(path: str | Path) -> BundleReport:
 
 def _layer(row: Mapping[str, Any]) -> LayerRow:
     quantized = bool(row.get("algorithm"))
-    # The exporter brings every quantised matrix into the form MatMul(x, W[K, N]) with a single reader.
-    use = WeightUse(
-        str(row.get("format")),
-        row.get("group_size"),
-        operator="Conv" if len(row.get("shape", ())) == CONVOLUTION_DIMENSIONS else "MatMul",
-        activation_format=row.get("activation_format"),
-        per_token=row.get("activation_scales") == str(PerToken()),
-    )
     return LayerRow(
         name=str(row.get("name")),
         graph=str(row.get("graph")),
@@ -96,7 +85,7 @@ def _layer(row: Mapping[str, Any]) -> LayerRow:
         quantized=quantized,
         algorithm=row.get("algorithm"),
         sqnr_db=row.get("sqnr_db"),
-        fused=fused_forms(use) if quantized else {},
+        fused=fused_forms(use_of(row)) if quantized else {},
     )
 
 

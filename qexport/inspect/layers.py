@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from qexport.inspect.fusion import Fusion
+from qexport.targets import Fusion
 
 FP16_BITS = 16
 

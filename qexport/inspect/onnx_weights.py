@@ -15,8 +15,8 @@ import onnx
 from onnx import TensorProto
 
 from qexport.bundle.weights import BITS
-from qexport.inspect.fusion import PROVIDERS, Fusion, WeightUse, fused_forms
 from qexport.inspect.layers import LayerRow
+from qexport.targets import FUSED_FORMS, Fusion, WeightUse, fused_forms
 
 _SPELLING = {"float": "float32", "double": "float64"}
 
@@ -86,7 +86,7 @@ def quantized_layers(graph: onnx.GraphProto, tensors: Mapping[str, Stored]) -> t
             extra = _constants(node.input[2:5], tensors, wires)
             group = _integer(node, "block_size", 0)
             granularity, shape = f"per group of {group}", (_integer(node, "K", 0), _integer(node, "N", 0))
-            fused = {provider: Fusion("MatMulNBits", "in the file already") for provider in PROVIDERS}
+            fused = {provider: Fusion("MatMulNBits", "in the file already") for provider in FUSED_FORMS}
         else:
             continue
         overhead |= {tensor.name for tensor in extra}

@@ -14,15 +14,13 @@ from onnx_ir.passes import common
 from qexport.bundle import WeightFileWriter
 from qexport.graph.passes.attach import ONNX_NAMES
 from qexport.lower.rewrite import Rewrite
+from qexport.targets.keys import DTYPE_KEY
 
 EXTERNAL_BYTES = 1024
 """New tensors from this size on go to the weight file; smaller ones (shapes, scalars) stay in the graph."""
 
 FILE_NAMES = {onnx_name: name for name, onnx_name in ONNX_NAMES.items()}
 """Element types as the weight file spells them."""
-
-DTYPE_KEY = "qexport.dtype"
-"""Metadata of a lowered graph: what it computes in; `qexport.verify.targets` reads it."""
 
 PRODUCER = "qexport lower"
 

@@ -13,9 +13,17 @@ from typing import Any
 from qexport.bundle import Bundle, BundleWriter, Manifest, WeightFileWriter
 from qexport.bundle.files import MANIFEST, REPORTS, WEIGHTS, walk
 from qexport.errors import BundleError, InputError, UnsupportedError
+from qexport.lower.choose import Choice, choose
 from qexport.lower.graphs import RewriteCount, check_graph, read_graph, rewrite, write_graph
+from qexport.lower.passes.dense_weights import DenseWeights
+from qexport.lower.passes.fused_attention import FusedAttention
 from qexport.lower.passes.half import HalfPrecision, StatePorts
+from qexport.lower.rewrite import Rewrite
 from qexport.lower.targets import Target, find_target
+from qexport.lower.work import plan_work
+from qexport.targets import FUSED_FORMS
+from qexport.targets.device_table import find_table
+from qexport.targets.devices import device_names
 
 FOLDER = "targets"
 
@@ -28,7 +36,8 @@ class LowerReport:
     """What lowering did.
 
     `graphs` has the rewrites of each graph by name; graphs without any are used as they are and have no file.
-    `added_bytes` is what the target's folder takes, of which `weights_bytes` are tensors that changed.
+    `added_bytes` is what the target's folder takes, of which `weights_bytes` are tensors that changed. `aim` says what
+    forms of layers were chosen for, and by which table; `choices` has every layer's, both empty without one.
     """
 
     target: str
@@ -39,13 +48,25 @@ class LowerReport:
     weights_bytes: int
     files: tuple[str, ...]
     graphs: Mapping[str, Mapping[str, RewriteCount]] = field(default_factory=dict)
+    aim: Mapping[str, Any] = field(default_factory=dict)
+    choices: tuple[Choice, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "files": list(self.files)}
+        choices = [choice.to_json() for choice in self.choices]
+        return {**asdict(replace(self, choices=())), "files": list(self.files), "choices": choices}
 
 
-def lower(path: str | Path, target: str, *, dtype: str | None = None, progress: Progress | None = None) -> LowerReport:
+def lower(
+    path: str | Path,
+    target: str,
+    *,
+    dtype: str | None = None,
+    optimize: str | None = None,
+    batch: int = 1,
+    table: Path | None = None,
+    progress: Progress | None = None,
+) -> LowerReport:
     """Add the graphs of a target to a bundle; one that is there already is replaced.
 
     Tensors whose bytes are what they were stay in the bundle's weight file; changed ones go to the target's own. The
@@ -56,12 +77,16 @@ def lower(path: str | Path, target: str, *, dtype: str | None = None, progress: 
         path: the bundle.
         target: a name of `qexport.lower.TARGETS`.
         dtype: what the graphs compute in; None takes the target's default.
+        optimize: choose the form of every quantised layer by a measured table, for ``"latency"``, ``"memory"`` or
+            ``"balanced"`` (`qexport.lower.choose`); None leaves all as they are stored.
+        batch: images at a time that forms are chosen for.
+        table: the table; None takes this device's, or else the one that comes with qexport.
         progress: told how far it is.
 
     Raises:
         BundleError: the bundle is damaged.
         UnsupportedError: no such target or type, or the bundle must be quantised in another way for it.
-        InputError: the bundle cannot be written.
+        InputError: the bundle cannot be written, or there is no table of the target's forms.
     """
     chosen = find_target(target)
     compute = dtype or chosen.dtypes[0]
@@ -75,11 +100,41 @@ def lower(path: str | Path, target: str, *, dtype: str | None = None, progress: 
     if reason:
         raise UnsupportedError(f"{path}: {reason}; quantise for {target}, it cannot be lowered to")
     tell = progress or (lambda stage, done, total: None)
+    aim, choices = ({}, ()) if optimize is None else _choose(bundle, chosen, compute, optimize, batch, table)
     with BundleWriter(bundle.path, overwrite=True) as writer:
-        return _write(bundle, chosen, compute, writer, tell)
+        return _write(bundle, chosen, compute, aim, choices, writer, tell)
 
 
-def _write(bundle: Bundle, target: Target, dtype: str, writer: BundleWriter, tell: Progress) -> LowerReport:
+def _choose(
+    bundle: Bundle, target: Target, dtype: str, mode: str, batch: int, file: Path | None
+) -> tuple[dict[str, Any], tuple[Choice, ...]]:
+    """What is aimed for, and each layer's choice."""
+    if batch < 1:
+        raise InputError(f"batch is {batch}; at least 1 is needed")
+    if target.provider not in FUSED_FORMS:
+        raise UnsupportedError(f"{target.name} chooses the forms of layers by itself; leave --optimize out")
+    table = find_table(target.provider, device_names(target.provider), file)
+    aim = {"optimize": mode, "batch": batch, "device": table.device, "source": table.source}
+    return aim, choose(bundle, plan_work(bundle, batch), table, mode, dtype)
+
+
+def _steps(target: Target, dtype: str, dense: set[str], ports: list[StatePorts]) -> list[Rewrite]:
+    """The rewrites of one graph; what is dequantised at load comes last, so that all others see codes and scales."""
+    steps = [step(dense) if step is FusedAttention else step() for step in target.rewrites]
+    if dtype == "float16":
+        steps.append(HalfPrecision(ports))
+    return [*steps, DenseWeights(dense)] if dense else steps
+
+
+def _write(
+    bundle: Bundle,
+    target: Target,
+    dtype: str,
+    aim: Mapping[str, Any],
+    choices: tuple[Choice, ...],
+    writer: BundleWriter,
+    tell: Progress,
+) -> LowerReport:
     folder = f"{FOLDER}/{target.name}"
     (writer.path / folder).mkdir(parents=True)
     location = f"{folder}/{WEIGHTS}"
@@ -89,10 +144,8 @@ def _write(bundle: Bundle, target: Target, dtype: str, writer: BundleWriter, tel
         for done, (name, file) in enumerate(bundle.graph_files().items()):
             tell("lower", done, len(bundle.plan.graphs))
             model = read_graph(file)
-            steps = [step() for step in target.rewrites]
-            if dtype == "float16":
-                steps.append(HalfPrecision(state_ports(bundle.manifest, name)))
-            counts[name] = rewrite(model, steps)
+            dense = {choice.weight for choice in choices if choice.dense and choice.graph == name}
+            counts[name] = rewrite(model, _steps(target, dtype, dense, state_ports(bundle.manifest, name)))
             if any(count.rewritten for count in counts[name].values()):
                 graphs[name] = f"{folder}/{name}.onnx"
                 halved = counts[name].get(HalfPrecision.name)
@@ -109,7 +162,9 @@ def _write(bundle: Bundle, target: Target, dtype: str, writer: BundleWriter, tel
         (writer.path / location).unlink()
     files = tuple(sorted(p.relative_to(writer.path).as_posix() for p in (writer.path / folder).iterdir()))
     added = sum((writer.path / name).stat().st_size for name in files)
-    report = LowerReport(target.name, dtype, target.provider, str(bundle.path), added, weights_bytes, files, counts)
+    report = LowerReport(
+        target.name, dtype, target.provider, str(bundle.path), added, weights_bytes, files, counts, aim, choices
+    )
     data = json.dumps(report.to_json(), indent=1) + "\n"
     writer.write(f"{REPORTS}/lower-{target.name}.json", data.encode())
     tell("write", 0, 1)

@@ -7,6 +7,7 @@ by shapes; names are for people. They run on graphs whose shapes were inferred (
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
+
+from qexport.targets.keys import JOINED_KEY
 
 CONTRIB = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
@@ -36,11 +39,15 @@ class Rewrite(ir.passes.InPlacePass):
         super().__init__()
         self.rewritten: list[str] = []
         self.refused: list[Refusal] = []
+        self.joined: dict[str, list[str]] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite every place that fits."""
-        self.rewritten, self.refused = [], []
+        self.rewritten, self.refused, self.joined = [], [], {}
         self.apply(model.graph)
+        if self.joined:
+            known = json.loads(model.metadata_props.get(JOINED_KEY, "{}"))
+            model.metadata_props[JOINED_KEY] = json.dumps(known | self.joined)
         if any(node.domain == CONTRIB for node in model.graph):
             model.graph.opset_imports[CONTRIB] = 1
         return ir.passes.PassResult(model, bool(self.rewritten))

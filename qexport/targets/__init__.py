@@ -8,6 +8,7 @@ from __future__ import annotations
 from qexport.errors import InputError
 from qexport.targets import ort_cpu, ort_cuda, tensorrt
 from qexport.targets.config import OPTION_SETS, OptionSet, QuantTraits, SessionConfig
+from qexport.targets.fusion import Fusion, WeightUse
 
 PROVIDERS = {
     "cpu": ort_cpu.session_config,
@@ -15,7 +16,26 @@ PROVIDERS = {
     "tensorrt": tensorrt.session_config,
 }
 
-__all__ = ["OPTION_SETS", "PROVIDERS", "OptionSet", "QuantTraits", "SessionConfig", "session_config"]
+FUSED_FORMS = {"cpu": ort_cpu.fused_form, "cuda": ort_cuda.fused_form}
+"""What a provider is expected to make of a quantised weight; TensorRT fuses by itself and does not say."""
+
+__all__ = [
+    "FUSED_FORMS",
+    "OPTION_SETS",
+    "PROVIDERS",
+    "Fusion",
+    "OptionSet",
+    "QuantTraits",
+    "SessionConfig",
+    "WeightUse",
+    "fused_forms",
+    "session_config",
+]
+
+
+def fused_forms(use: WeightUse) -> dict[str, Fusion]:
+    """What is expected of each provider."""
+    return {provider: fused(use) for provider, fused in FUSED_FORMS.items()}
 
 
 def session_config(provider: str, options: str, traits: QuantTraits) -> SessionConfig:

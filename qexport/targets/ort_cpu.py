@@ -20,6 +20,7 @@
 from __future__ import annotations
 
 from qexport.targets.config import OptionSet, QuantTraits, SessionConfig
+from qexport.targets.fusion import PRODUCTS, Fusion, WeightUse, not_fused, weight_only
 
 
 def session_config(options: OptionSet, traits: QuantTraits) -> SessionConfig:
@@ -31,3 +32,18 @@ def session_config(options: OptionSet, traits: QuantTraits) -> SessionConfig:
     elif traits.integer:
         entries["session.x64quantprecision"] = "1"
     return SessionConfig(provider="CPUExecutionProvider", device="cpu", entries=entries)
+
+
+def fused_form(use: WeightUse) -> Fusion:
+    """What the CPU provider is expected to make of a weight.
+
+    int8 with int8 activations of a known scale becomes MatMulIntegerToFloat. With a scale per token the weight is fused
+    as if it were weight-only, behind Q/DQ that are not; 8-bit floating point turns all fusion off.
+    """
+    if use.activation_format is None:
+        return weight_only(use)
+    if use.operator in PRODUCTS and use.per_token and not use.activation_format.startswith("fp8"):
+        return weight_only(use)
+    if use.operator in PRODUCTS and not use.per_token and use.format == use.activation_format == "int8":
+        return Fusion("MatMulIntegerToFloat")
+    return not_fused("cpu", use)

@@ -14,6 +14,7 @@ import ctypes
 import sys
 
 from qexport.targets.config import OptionSet, QuantTraits, SessionConfig
+from qexport.targets.fusion import Fusion, WeightUse, not_fused, weight_only
 
 
 def session_config(options: OptionSet, traits: QuantTraits) -> SessionConfig:
@@ -25,6 +26,11 @@ def session_config(options: OptionSet, traits: QuantTraits) -> SessionConfig:
         entries=entries,
         provider_options={"use_tf32": "0"} if options == "exact" else {},
     )
+
+
+def fused_form(use: WeightUse) -> Fusion:
+    """What the CUDA provider is expected to make of a weight: no kernel takes quantised activations."""
+    return weight_only(use) if use.activation_format is None else not_fused("cuda", use)
 
 
 def device_count() -> int:

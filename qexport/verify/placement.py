@@ -2,7 +2,9 @@
 
 Nothing is inferred from what ONNX Runtime promises. Each graph is loaded once more with profiling on and with the
 optimised model saved to a temporary folder, and one small batch is generated. The profile says on which provider each
-node ran; the saved model says what became of each quantised layer.
+node ran; the saved model says what became of each quantised layer, also of those that lowering joined with others. What
+becomes of a layer is held against the rules of its provider (`qexport.targets.fusion`): one that should have been fused
+and dequantises its weight at every run is a silent loss of speed.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,20 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import NodeProto
+from onnx import GraphProto, NodeProto
 
 from qexport.bundle import Bundle
-from qexport.errors import BundleError
 from qexport.runtime import Player
 from qexport.runtime.inputs import label_input
 from qexport.runtime.ort_backend import OrtBackend
 from qexport.runtime.runtime import quant_traits
-from qexport.runtime.session import LOG_ERRORS_ONLY, choose_provider, first_line, make_session, model_of
-from qexport.targets import SessionConfig, session_config
+from qexport.runtime.session import choose_provider, model_of, open_session, session_options
+from qexport.targets import FUSED_FORMS, SessionConfig, session_config
+from qexport.targets.fusion import use_of, weight_of
+from qexport.targets.keys import JOINED_KEY
+from qexport.verify.checks import NOWHERE, Check, Place, at_most
+
+__all__ = ["HEAVY_OPS", "GraphPlacement", "Placement", "check_fusion", "measure_placement", "surprises", "weight_of"]
 
 PROFILED_BATCH = 2
 """Images of the profiled run. Two, since a batch of one may take other kernels."""
@@ -37,6 +43,16 @@ HEAVY_OPS = frozenset(
      "FusedConv", "NhwcFusedConv", "Attention", "MultiHeadAttention", "DequantizeLinear", "QuantizeLinear")
 )  # fmt: skip
 """What must not fall back. ONNX Runtime rightly keeps the arithmetic of shapes on the CPU."""
+
+UNFUSED = "not fused: dequantised at every run"
+AT_LOAD = "weight dequantised at load"
+MISSING = "not found in the optimised graph"
+
+FOLDED = "FusedBack_"
+"""ONNX Runtime's prefix of constants that it converted on a provider without a kernel for their type."""
+
+_PREPARING = frozenset(("DequantizeLinear", "Cast", "Reshape", "Sub", "Mul"))
+"""Operators that make a weight out of its codes, where that was not folded at load."""
 
 _SUFFIX = "_kernel_time"
 _CPU = "CPUExecutionProvider"
@@ -72,6 +88,10 @@ class Placement:
     def forms(self, options: str = "serve") -> dict[str, str]:
         """What multiplies by each quantised layer's weight."""
         return {layer: form for graph in self.graphs.get(options, {}).values() for layer, form in graph.forms.items()}
+
+    def surprises(self, rows: Iterable[Mapping[str, Any]], options: str = "serve") -> list[tuple[str, str]]:
+        """See `surprises`."""
+        return surprises(rows, self.forms(options), self.provider)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: ``provider``, ``cuda`` (a sentence where it was not measured), and per option set and graph."""
@@ -120,11 +140,11 @@ def _measure(bundle: Bundle, provider: str, options: str, target: str | None) ->
         for name, session in sessions.items():
             ran = _ran(Path(session.end_profiling()))
             optimised = onnx.load(str(Path(folder) / f"{name}.onnx"), load_external_data=False)
-            nodes = list(optimised.graph.node)
+            joined = joined_weights(files[name])
             found[name] = GraphPlacement(
                 nodes=dict(Counter(provider for _, provider in ran.values()).most_common()),
-                ops=dict(Counter(node.op_type for node in nodes).most_common()),
-                forms={str(row["name"]): _form(nodes, weight_of(row)) for row in weights[name]},
+                ops=dict(Counter(node.op_type for node in optimised.graph.node).most_common()),
+                forms={str(row["name"]): _form(optimised.graph, weight_of(row), joined) for row in weights[name]},
                 fallback=sorted(
                     (op, node) for node, (op, where) in ran.items() if where == _CPU != configs[name].provider
                 ),
@@ -133,23 +153,12 @@ def _measure(bundle: Bundle, provider: str, options: str, target: str | None) ->
 
 
 def _profiled_session(file: Path, bundle: Bundle, config: SessionConfig, folder: Path) -> onnxruntime.InferenceSession:
-    if config.device != "cpu":
-        make_session(file, bundle.path, config)  # loads the provider's libraries, and complains where they are missing
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = LOG_ERRORS_ONLY
-    for key, value in config.entries.items():
-        options.add_session_config_entry(key, value)
+    options = session_options(config)
     options.optimized_model_filepath = str(folder / file.name)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{file.stem}.data")
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / file.stem)
-    provider = (config.provider, dict(config.provider_options))
-    try:
-        return onnxruntime.InferenceSession(
-            model_of(file, bundle.path, options), options, providers=[provider], enable_fallback=0
-        )
-    except Exception as error:  # onnxruntime's exceptions share no base class of their own
-        raise BundleError(f"{file}: onnxruntime cannot load this graph: {first_line(error)}") from error
+    return open_session(model_of(file, bundle.path, options), options, config, str(file))
 
 
 def _ran(profile: Path) -> dict[str, tuple[str, str]]:
@@ -162,23 +171,70 @@ def _ran(profile: Path) -> dict[str, tuple[str, str]]:
     }
 
 
-def weight_of(row: Mapping[str, Any]) -> str:
-    """The initialiser of a row of the manifest's layer table; the decoder's layers have their graph in their name."""
-    return f"{str(row['name']).removeprefix(str(row['graph']) + '/')}.weight"
+def joined_weights(file: Path) -> dict[str, str]:
+    """Initialiser → that of the joined weight which it lies in now, as the lowered graph says of itself."""
+    model = onnx.load(str(file), load_external_data=False)
+    found = next((entry.value for entry in model.metadata_props if entry.key == JOINED_KEY), "{}")
+    return {part: name for name, parts in json.loads(found).items() for part in parts}
 
 
-def _form(nodes: Sequence[NodeProto], weight: str) -> str:
-    """What became of the MatMul with this weight: fused nodes call their weight after it."""
-    for node in nodes:
-        if node.op_type == "DequantizeLinear" or len(node.input) < 2:
+def _form(graph: GraphProto, weight: str, joined: Mapping[str, str]) -> str:
+    """What became of the product with this weight: fused nodes call their weight after it."""
+    name = joined.get(weight, weight)
+    suffix = "" if name == weight else f", in one product of {list(joined.values()).count(name)} layers"
+    made = {output for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.op_type in _PREPARING or len(node.input) < 2:
             continue
-        second = node.input[1]
-        if second == weight or second.startswith((f"{weight}_", f"{weight}/")):
-            values = {a.name: a.i for a in node.attribute}
-            if node.op_type == "MatMulNBits":
-                level = values.get("accuracy_level", 0)
-                activations = "int8 activations" if level == 4 else "float activations"
-                return f"MatMulNBits ({values['bits']} bit, block {values['block_size']}, {activations})"
-            unfused = second.startswith(f"{weight}/DequantizeLinear")
-            return f"DequantizeLinear + {node.op_type}, not fused" if unfused else node.op_type
-    return "not found in the optimised graph"
+        source = _source(graph, node.input[1])
+        second = source.removeprefix(FOLDED)
+        if second == name or second.startswith((f"{name}_", f"{name}/")):
+            return _described(node, second, name, source in made) + suffix
+    return MISSING
+
+
+def _described(node: NodeProto, second: str, weight: str, computed: bool) -> str:
+    values = {a.name: a.i for a in node.attribute}
+    if node.op_type == "MatMulNBits":
+        level = values.get("accuracy_level", 0)
+        activations = "int8 activations" if level == 4 else "float activations"
+        return f"MatMulNBits ({values['bits']} bit, block {values['block_size']}, {activations})"
+    if computed and second.startswith(f"{weight}/"):
+        return f"DequantizeLinear + {node.op_type}, {UNFUSED}"
+    return f"{node.op_type}, {AT_LOAD}" if second.startswith(f"{weight}/") else node.op_type
+
+
+def _source(graph: GraphProto, name: str) -> str:
+    """The value behind casts that a provider without a kernel for a type puts around its nodes."""
+    casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    while name in casts:
+        name = casts[name]
+    return name
+
+
+def check_fusion(placement: Placement, layers: Iterable[Mapping[str, Any]]) -> Check:
+    """A check that no layer of the manifest's table lost its kernel in silence, under ``serve``."""
+    rows = [row for row in layers if row.get("algorithm")]
+    found = placement.surprises(rows)
+    counts = Counter(placement.forms("serve").values()).most_common()
+    detail = ", ".join(f"{count} × {form}" for form, count in counts) or "no quantised layers"
+    place = NOWHERE
+    if found:
+        graph = next((str(row["graph"]) for row in rows if str(row["name"]) == found[0][0]), "")
+        place, detail = Place(graph), f"{found[0][0]}: {found[0][1]}; {detail}"
+    return at_most("quantised layers without the kernel that they should have", len(found), 0, place, detail, "layers")
+
+
+def surprises(rows: Iterable[Mapping[str, Any]], forms: Mapping[str, str], provider: str) -> list[tuple[str, str]]:
+    """Layers that should have been fused, by the provider's rules, and are dequantised at every run; with their form.
+
+    Also those that cannot be found, of which nothing is proven.
+    """
+    expected = FUSED_FORMS.get(provider)
+    found = []
+    for row in rows:
+        form = forms.get(str(row.get("name")), MISSING)
+        fuses = expected is not None and expected(use_of(row)).kernel is not None
+        if form == MISSING or (fuses and UNFUSED in form):
+            found.append((str(row.get("name")), form))
+    return found

@@ -25,7 +25,7 @@ from qexport.verify.fd import measure_fd
 from qexport.verify.images import ImageSet
 from qexport.verify.limits import Limits, limits_for
 from qexport.verify.operators import check_operators
-from qexport.verify.placement import HEAVY_OPS, Placement, measure_placement
+from qexport.verify.placement import HEAVY_OPS, Placement, check_fusion, measure_placement
 from qexport.verify.quality import Quality, drawn_by, measure_quality, runtime_student, tokens_of
 from qexport.verify.reference import Models, check_plan, load_models
 from qexport.verify.report import VerifyReport
@@ -210,6 +210,7 @@ class Rungs:
             row["fused_form"] = forms.get(str(row.get("name")))
             row["fused_form_exact"] = exact.get(str(row.get("name")))
         self.fallback(placement)
+        self.report.checks.append(check_fusion(placement, self.bundle.manifest.layers))
 
     def fallback(self, placement: Placement) -> None:
         """Did anything that matters run on the CPU unasked?"""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import onnx
 
 from qexport.bundle import Bundle
-
-DTYPE_KEY = "qexport.dtype"
-"""Metadata of a lowered graph: what it computes in."""
+from qexport.targets.keys import DTYPE_KEY
 
 
 def compute_dtype(bundle: Bundle, target: str | None) -> str:

@@ -9,8 +9,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qexport.inspect import fused_forms
-from qexport.inspect.fusion import WeightUse
 from qexport.inspect.onnx_file import inspect_onnx
+from qexport.targets.fusion import WeightUse
 
 K, N = 1024, 64
 TYPES = {

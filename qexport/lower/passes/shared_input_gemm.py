@@ -93,6 +93,7 @@ class SharedInputGemm(Rewrite):
         one = add_constant(graph, "lower.axis.1", np.array([1], np.int64))
         rows = add_node(graph, first, "Unsqueeze", [value, one], f"{name}/Unsqueeze", shapes=[[None, 1, None]])[0]
         weight = side_by_side(graph, first, [layer.matrix for layer in layers], f"{name}.weight")
+        self.joined[f"{name}.weight"] = [layer.matrix.stored.name or "" for layer in layers]
         product = add_node(graph, first, "MatMul", [rows, weight], name, shapes=[[None, 1, total]])[0]
         biases = [np.asarray(layer.bias.const_value, np.float32).reshape(-1) for layer in layers]
         bias = add_constant(graph, f"{name}.bias", np.concatenate(biases).reshape(1, 1, -1))

@@ -13,12 +13,12 @@ import onnx_ir as ir
 import published_shapes
 import pytest
 
-from qexport.inspect.fusion import MAX_BLOCK, MIN_BLOCK
 from qexport.lower.graphs import read_graph, rewrite
 from qexport.lower.matrices import read_matrix
 from qexport.lower.passes.half import HalfPrecision
 from qexport.lower.rewrite import producer
 from qexport.lower.targets import TARGETS
+from qexport.targets.fusion import MAX_BLOCK, MIN_BLOCK
 
 DIT_BLOCK = {
     # Two products of the block's own and, for int4, the projection that the fused attention takes in fp16.

@@ -23,7 +23,7 @@ def test_a_lowered_bundle_is_verified_and_a_damaged_one_fails(w4_bundle, copied)
     assert report.passed
     assert report.settings["target"] == "ort-cuda"
     forms = report.placement["serve"]["step"]["forms"]
-    assert sum(count for form, count in forms.items() if form.startswith("MatMulNBits")) == 8
+    assert sum(count for form, count in forms.items() if form.startswith("MatMulNBits")) == 8 + 2
 
     content = bytearray((path / CHANGED).read_bytes())
     content[len(content) // 2] ^= 0x11  # one byte of the joined modulation: two codes

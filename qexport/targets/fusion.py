@@ -1,25 +1,31 @@
 """Which kernel a quantised matrix becomes on each provider. Expected from ONNX Runtime's rules, not measured here.
 
+What is common to providers stands here; what each does with quantised activations, in its own file. The placement audit
+holds what really happened against this (`qexport.verify.placement`), and tests hold both against ONNX Runtime's CPU
+provider.
+
 A weight-only matrix, ``MatMul(x, DequantizeLinear(W, scale))``, is fused to MatMulNBits by the CPU and the CUDA
 provider alike if W is a constant [K, N] of 2, 4 or 8 bits on the second input, with blocks along K of a power of two
 from 16 to 256, or a scale per column, or one scale; and if nothing else reads the result. `Gemm` counts as `MatMul`
-unless it has transB=1. `tests/cli/test_cli_fusion.py` holds these rules against ONNX Runtime's CPU provider. What does
-not fuse dequantises its weight at every run, which costs more than an fp32 matrix would.
-
-With quantised activations of a known scale, the CPU fuses int8 with int8 to MatMulIntegerToFloat and CUDA fuses nothing
-(`targets.ort_cuda`). With a scale per token the weight is fused as if it were weight-only, behind Q/DQ that are not;
-8-bit floating point turns all fusion off. Convolutions are never fused.
+unless it has transB=1. What does not fuse dequantises its weight at every run, which costs more than an fp32 matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-PROVIDERS = ("cpu", "cuda")
+from qexport.scheme import PerToken
+
 FUSED_FORMATS = frozenset({"int2", "int3", "int4", "int8", "uint2", "uint4", "uint8"})
 """int3 lies in an INT4."""
 
 MIN_BLOCK, MAX_BLOCK = 16, 256
+CONVOLUTION_DIMENSIONS = 4
+"""Of a weight (outputs, inputs, height, width)."""
+
+PRODUCTS = ("MatMul", "Gemm")
 
 
 @dataclass(frozen=True)
@@ -49,23 +55,9 @@ class Fusion:
     reason: str = ""
 
 
-def fused_forms(use: WeightUse) -> dict[str, Fusion]:
-    """What is expected of each of `PROVIDERS`."""
-    return {provider: _static(provider, use) if use.activation_format else _weight_only(use) for provider in PROVIDERS}
-
-
-def _static(provider: str, use: WeightUse) -> Fusion:
-    if use.operator not in ("MatMul", "Gemm"):
-        return Fusion(None, f"read by {use.operator}; only MatMul and Gemm fuse")
-    if use.per_token and provider == "cpu" and not str(use.activation_format).startswith("fp8"):
-        return _weight_only(use)
-    if provider == "cpu" and use.format == use.activation_format == "int8":
-        return Fusion("MatMulIntegerToFloat")
-    return Fusion(None, f"{provider} fuses no {use.activation_format} activations with {use.format} weights")
-
-
-def _weight_only(use: WeightUse) -> Fusion:
-    if use.operator not in ("MatMul", "Gemm"):
+def weight_only(use: WeightUse) -> Fusion:
+    """What becomes of a weight with floating-point activations: the same on the CPU and on CUDA."""
+    if use.operator not in PRODUCTS:
         return Fusion(None, f"read by {use.operator}; only MatMul and Gemm fuse")
     if use.format not in FUSED_FORMATS:
         return Fusion(None, f"no fused kernel takes {use.format}")
@@ -78,3 +70,26 @@ def _weight_only(use: WeightUse) -> Fusion:
     if use.block is not None and (use.block & (use.block - 1) or not MIN_BLOCK <= use.block <= MAX_BLOCK):
         return Fusion(None, f"blocks of {use.block}; only powers of two from {MIN_BLOCK} to {MAX_BLOCK} fuse")
     return Fusion("MatMulNBits")
+
+
+def not_fused(provider: str, use: WeightUse) -> Fusion:
+    """What is said of quantised activations that a provider has no kernel for."""
+    if use.operator not in PRODUCTS:
+        return Fusion(None, f"read by {use.operator}; only MatMul and Gemm fuse")
+    return Fusion(None, f"{provider} fuses no {use.activation_format} activations with {use.format} weights")
+
+
+def use_of(row: Mapping[str, Any]) -> WeightUse:
+    """A row of the manifest's layer table: the exporter brings matrices into the form MatMul(x, W[K, N]), read once."""
+    return WeightUse(
+        str(row.get("format")),
+        row.get("group_size"),
+        operator="Conv" if len(row.get("shape", ())) == CONVOLUTION_DIMENSIONS else "MatMul",
+        activation_format=row.get("activation_format"),
+        per_token=row.get("activation_scales") == str(PerToken()),
+    )
+
+
+def weight_of(row: Mapping[str, Any]) -> str:
+    """The initialiser of a row of the manifest's layer table; the decoder's layers have their graph in their name."""
+    return f"{str(row['name']).removeprefix(str(row['graph']) + '/')}.weight"

@@ -1,0 +1,147 @@
+"""Which form each quantised layer takes on a target, chosen by what was measured on its device.
+
+A layer stored as codes can be run as it is stored, or as a constant weight that is dequantised when the session is made
+(`passes.dense_weights`); numbers are the same. Which is faster depends on the rows M that it multiplies: at one row the
+weight must be read and codes are a quarter of it; at thousands the unpacking of codes is work on top. So for every
+layer the rows of all calls of a batch are found (`qexport.lower.work`), and the times of its forms summed over them:
+
+    latency     the form that takes less time
+    memory      as stored: what is dequantised takes four to eight times the memory
+    balanced    as stored, unless the other form takes less than 1 / `BALANCED_GAIN` of the time
+
+A form that the table does not have is never chosen, and the report says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qexport.bundle import Bundle
+from qexport.errors import InputError
+from qexport.lower.work import GraphWork
+from qexport.scheme import PerToken
+from qexport.targets.device_table import DeviceTable
+from qexport.targets.fusion import weight_of
+
+MODES = ("latency", "memory", "balanced")
+
+BALANCED_GAIN = 1.25
+"""So many times faster a layer must become to be worth its memory; below it, the noise of a table could decide."""
+
+STORED_ALIKE = {"int3": "int4", "int6": "int8"}
+"""Formats that lie in the codes of another run as that one."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One layer's: `stored` and `chosen` are forms of `qexport.targets.device_table`.
+
+    `rows` tells in how many calls of a batch it multiplies so many rows; `us` has the time of each form in all of them,
+    where it is known.
+    """
+
+    layer: str
+    graph: str
+    weight: str
+    stored: str
+    chosen: str
+    reason: str
+    rows: Mapping[int, int] = field(default_factory=dict)
+    us: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the weight is dequantised at load."""
+        return self.chosen != self.stored
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "layer": self.layer, "graph": self.graph, "stored": self.stored, "chosen": self.chosen,
+            "reason": self.reason, "rows": {str(rows): count for rows, count in sorted(self.rows.items())},
+            "us": dict(self.us),
+        }  # fmt: skip
+
+
+def choose(
+    bundle: Bundle, work: Mapping[str, GraphWork], table: DeviceTable, mode: str, dtype: str
+) -> tuple[Choice, ...]:
+    """A choice for every quantised matrix of the bundle.
+
+    Args:
+        bundle: tells how each layer is stored.
+        work: of one batch, by graph.
+        table: of the device.
+        mode: one of `MODES`.
+        dtype: what the graphs compute in.
+
+    Raises:
+        InputError: no such mode.
+    """
+    if mode not in MODES:
+        raise InputError(f"unknown aim {mode!r}; --optimize takes {', '.join(MODES)}")
+    matrices = [row for row in bundle.manifest.layers if row.get("algorithm") and len(row.get("shape", ())) == 2]
+    return tuple(_choice(row, work[str(row["graph"])], table, mode, dtype) for row in matrices)
+
+
+def _choice(row: Mapping[str, Any], work: GraphWork, table: DeviceTable, mode: str, dtype: str) -> Choice:
+    name, graph, weight = str(row["name"]), str(row["graph"]), weight_of(row)
+    stored, dense = forms_of(row, dtype)
+    rows = work.rows.get(weight, Counter[int]())
+
+    def made(chosen: str, reason: str, us: Mapping[str, float] | None = None) -> Choice:
+        return Choice(name, graph, weight, stored, chosen, reason, dict(rows), us or {})
+
+    if not rows:
+        return made(stored, "it multiplies nothing whose rows are known")
+    inputs, outputs = work.sizes[weight]
+    us = {form: _total(table, form, rows, inputs, outputs) for form in (stored, dense)}
+    unknown = [form for form, time in us.items() if time is None]
+    times = {form: round(time, 2) for form, time in us.items() if time is not None}
+    if mode == "memory":
+        return made(stored, "codes take the least memory", times)
+    if unknown:
+        return made(stored, f"the table has no {' and no '.join(unknown)}", times)
+    gain = times[stored] / times[dense]
+    if gain <= 1:
+        return made(stored, f"as stored it takes {gain:.2f} of the time of {dense}", times)
+    if mode == "balanced" and gain < BALANCED_GAIN:
+        return made(stored, f"{dense} would be {gain:.2f} times as fast, too little for its memory", times)
+    return made(dense, f"{gain:.2f} times as fast as {stored}", times)
+
+
+def forms_of(row: Mapping[str, Any], dtype: str) -> tuple[str, str]:
+    """The form of a layer of the manifest's table as it is stored, and that of its dequantised weight."""
+    form, group, activation = str(row["format"]), row.get("group_size"), row.get("activation_format")
+    kind = STORED_ALIKE.get(form, form)
+    if activation is None:
+        return f"{kind}-b{group}" if group else f"{kind}-channel", dtype
+    scales = "token" if row.get("activation_scales") == str(PerToken()) else "static"
+    kind = "fp8" if kind.startswith("fp8") else kind
+    stored = f"{kind}-{scales}" if kind == _kind(activation) else f"{kind}-with-{activation}-{scales}"
+    return stored, f"{_kind(activation)}-{scales}-folded"
+
+
+def _kind(activation: object) -> str:
+    return "fp8" if str(activation).startswith("fp8") else str(activation)
+
+
+def _total(table: DeviceTable, form: str, rows: Mapping[int, int], inputs: int, outputs: int) -> float | None:
+    """Microseconds of all calls of a batch."""
+    times = [(table.time_us(form, count, inputs, outputs), calls) for count, calls in rows.items()]
+    known = [(time, calls) for time, calls in times if time is not None]
+    return sum(time * calls for time, calls in known) if len(known) == len(times) else None
+
+
+def summary(choices: Sequence[Choice]) -> dict[tuple[str, str, str], int]:
+    """How many layers made which choice for which reason; numbers in reasons are those of the first."""
+    found: dict[tuple[str, str, str], int] = {}
+    firsts: dict[tuple[str, str, str], str] = {}
+    for choice in choices:
+        key = (choice.graph, choice.stored, choice.chosen)
+        reason = firsts.setdefault(key, choice.reason)
+        found[choice.stored, choice.chosen, reason] = found.get((choice.stored, choice.chosen, reason), 0) + 1
+    return found

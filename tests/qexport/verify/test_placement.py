@@ -1,0 +1,97 @@
+"""The placement audit: what became of each layer, and that a layer without its kernel is a failed check."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from qexport.lower import lower
+from qexport.verify.placement import (
+    MISSING,
+    UNFUSED,
+    GraphPlacement,
+    Placement,
+    _form,
+    check_fusion,
+    joined_weights,
+    measure_placement,
+)
+
+ROW = {"name": "fc", "graph": "step", "shape": [8, 64], "format": "int4", "group_size": 32, "algorithm": "rtn"}
+
+
+def placement(form: str) -> Placement:
+    return Placement("cpu", {"serve": {"step": GraphPlacement({}, {}, {"fc": form})}})
+
+
+def test_a_fused_layer_passes():
+    check = check_fusion(placement("MatMulNBits (4 bit, block 32, int8 activations)"), [ROW])
+    assert check.passed
+
+
+@pytest.mark.parametrize("form", [f"DequantizeLinear + MatMul, {UNFUSED}", MISSING])
+def test_a_layer_without_its_kernel_fails(form):
+    check = check_fusion(placement(form), [ROW])
+    assert not check.passed
+    assert check.detail.startswith(f"fc: {form}")
+
+
+def test_what_no_provider_fuses_may_be_unfused():
+    row = {**ROW, "activation_format": "int8"}  # int4 with static int8 activations
+    assert check_fusion(placement(f"DequantizeLinear + MatMul, {UNFUSED}"), [row]).passed
+    assert not check_fusion(placement(f"DequantizeLinear + MatMul, {UNFUSED}"), [{**row, "format": "int8"}]).passed
+
+
+def test_a_float_layer_is_not_asked_for():
+    assert check_fusion(placement("anything"), [{**ROW, "algorithm": None}]).passed
+
+
+def graph(*nodes: onnx.NodeProto, constants: tuple[str, ...] = ()) -> onnx.GraphProto:
+    initialisers = [helper.make_tensor(name, TensorProto.FLOAT, [1], [0.0]) for name in constants]
+    return helper.make_graph(list(nodes), "g", [], [], initialisers)
+
+
+def test_forms_are_read_off_the_optimised_graph():
+    node = helper.make_node
+    nbits = node("MatMulNBits", ["x", "fc.weight_T", "s"], ["y"], bits=4, block_size=32, accuracy_level=4)
+    assert _form(graph(nbits), "fc.weight", {}) == "MatMulNBits (4 bit, block 32, int8 activations)"
+    dequantize = node("DequantizeLinear", ["fc.weight", "s"], ["fc.weight/DequantizeLinear:0"])
+    product = node("MatMul", ["x", "fc.weight/DequantizeLinear:0"], ["y"])
+    assert UNFUSED in _form(graph(dequantize, product), "fc.weight", {})
+    assert _form(graph(product, constants=("fc.weight/DequantizeLinear:0",)), "fc.weight", {}).endswith("at load")
+    # A constant that ONNX Runtime did not fold is made at every run.
+    scaled = node("Mul", ["fc.weight/dense.codes:0", "fc.weight/dense.scale:0"], ["fc.weight/dense/Mul:0"])
+    assert UNFUSED in _form(graph(scaled, node("MatMul", ["x", "fc.weight/dense/Mul:0"], ["y"])), "fc.weight", {})
+    joined = {"fc.weight": "both.weight", "other.weight": "both.weight"}
+    one = node("MatMul", ["x", "both.weight"], ["y"])
+    assert _form(graph(one), "fc.weight", joined) == "MatMul, in one product of 2 layers"
+    assert _form(graph(one), "fc.weight", {}) == MISSING
+
+
+def test_joined_layers_are_found(w4_bundle, tmp_path):
+    import shutil
+
+    from qexport.bundle import Bundle
+
+    path = shutil.copytree(w4_bundle.path, tmp_path / "bundle")
+    lower(path, "ort-cuda", dtype="float32")
+    bundle = Bundle.open(path)
+    file = bundle.graph_files("ort-cuda")["step"]
+    parts = joined_weights(file)
+    assert set(parts) == {"blocks.0.ada_lin.1.weight", "blocks.1.ada_lin.1.weight"}
+    assert parts == {part: name for name, all_ in json.loads(_metadata(file)).items() for part in all_}
+    found = measure_placement(bundle, "cpu", ("serve",), "ort-cuda")
+    rows = [row for row in bundle.manifest.layers if row.get("algorithm")]
+    assert found.surprises(rows) == []
+    assert found.forms()["blocks.1.ada_lin.1"].endswith("in one product of 2 layers")
+    # The audit knows joined layers only by what the graph says of itself.
+    without = {name: _form(onnx.load(str(file), load_external_data=False).graph, name, {}) for name in parts}
+    assert set(without.values()) == {MISSING}
+
+
+def _metadata(file) -> str:
+    model = onnx.load(str(file), load_external_data=False)
+    return next(entry.value for entry in model.metadata_props if entry.key == "qexport.joined")
