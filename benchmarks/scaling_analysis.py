@@ -4,9 +4,9 @@
 
 Round to nearest, groups of 32, block matrices; torch on the CPU in float32, no bundle. Sections (`--sections`):
 `middle` (error of the residual stream), `flips` (VAR: errors before and after the draw), `control` (DiT: clean latents
-put onto a k-means codebook), `kinds` (sensitivity per kind of layer), `moderators` (guidance and filters). Each is
-written to results/scaling_analysis.json when it is done and not measured again; `--again` does. At the end all figures
-are drawn: results/scaling_analysis-*.svg and .png. The data set is read, never copied.
+put onto a k-means codebook), `control_fd` (FD of these), `kinds` (sensitivity per kind of layer), `moderators` (guidance
+and filters). Each is written to results/scaling_analysis.json when it is done and not measured again; `--again` does. At
+the end all figures are drawn: results/scaling_analysis-*.svg and .png. The data set is read, never copied.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from qexport.verify.images import open_images
 RESULTS = Path(__file__).parent / "results" / "scaling_analysis.json"
 MODELS = ("var-c10-d2", "dit-c10-d2")
 CODES = (64, 1024)
-CODEBOOK_IMAGES, JUDGED_IMAGES = 500, 50
+CODEBOOK_IMAGES, JUDGED_IMAGES = 200, 50
 ENCODE_BATCH = 50
 
 
@@ -75,27 +76,35 @@ class Bench:
         """Codebook → ways of a denoiser; None for a model that does not denoise."""
         if self.full.denoise is None:
             return None
-        images = self.images(CODEBOOK_IMAGES)
-        encode = self.full.denoise.model.encode
-        latents = torch.cat([encode(torch.from_numpy(x)) for x, _ in images.batches(ENCODE_BATCH)])
-        result: dict[str, Any] = {"codebook_images": len(images)}
+        result: dict[str, Any] = {"codebook_images": len(self.latents)}
         for count in CODES:
-            book = Codebook.of_latents(latents, count)
+            book = Codebook.of_latents(self.latents, count)
             ways = {
                 bits: [c.to_json() for c in controls(self.full, self.rounded(bits), book, samples=self.options.samples)]
                 for bits in self.options.bits
             }
-            result[str(count)] = {"distortion": book.distortion(latents), "ways": ways}
-        if self.options.fd and self.full.features is not None:
-            book = Codebook.of_latents(latents, CODES[-1])
-            result["fd"] = {
-                f"{label} {way}": measure_fd(
-                    decoded(model, book, way, images=self.options.fd), self.full.features, 0
-                ).to_json()
-                for label, model in [("fp", self.full), *((f"W{b}", self.rounded(b)) for b in self.options.bits)]
-                for way in (NONE, EACH)
-            }
+            result[str(count)] = {"distortion": book.distortion(self.latents), "ways": ways}
         return result
+
+    def control_fd(self) -> Any:
+        """FD of what a denoiser makes on two of the ways; None as above, and without --fd."""
+        if self.full.denoise is None or self.full.features is None or not self.options.fd:
+            return None
+        book = Codebook.of_latents(self.latents, CODES[-1])
+        found = {}
+        for label, model in [("fp", self.full), *((f"W{bits}", self.rounded(bits)) for bits in self.options.bits)]:
+            for way in (NONE, EACH):
+                images = decoded(model, book, way, images=self.options.fd)
+                found[f"{label} {way}"] = measure_fd(images, self.full.features, 0).to_json()
+        return found
+
+    @cached_property
+    def latents(self) -> torch.Tensor:
+        """Of real images, for codebooks."""
+        assert self.full.denoise is not None
+        encode = self.full.denoise.model.encode
+        batches = self.images(CODEBOOK_IMAGES).batches(ENCODE_BATCH)
+        return torch.cat([encode(torch.from_numpy(pixels)) for pixels, _ in batches])
 
     def kinds(self) -> Any:
         """Cost of single layers, on real images."""
@@ -136,6 +145,7 @@ SECTIONS: dict[str, Callable[[Bench], Any]] = {
     "middle": Bench.middle,
     "flips": Bench.flips,
     "control": Bench.control,
+    "control_fd": Bench.control_fd,
     "kinds": Bench.kinds,
     "moderators": Bench.moderators,
 }
