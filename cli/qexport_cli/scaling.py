@@ -131,15 +131,16 @@ def _write(
 
     with Store(path, create=False) as store:
         selection = select(store.rows(), task.how if task else None)
-    files = write_results(selection, folder, report)
+    files, found = write_results(selection, folder, report)
     data: dict[str, Any] = {"store": str(path), "files": [str(file) for file in files]}
     if outcome is not None:
         data |= {"made": outcome.made, "found": outcome.found, "failed": dict(outcome.failed)}
         data |= {"elsewhere": list(outcome.elsewhere)}
     if json:
-        print_json(data | {"runs": [_plain(row) for row in selection.rows.values()]})
+        findings = [vars(item) for item in found]
+        print_json(data | {"runs": [_plain(row) for row in selection.rows.values()], "findings": findings})
         return
-    show_result(selection)
+    show_result(selection, found)
     if outcome is not None:
         print_line(f"{outcome.made} runs made, {outcome.found} were in the store")
         for name in outcome.elsewhere:

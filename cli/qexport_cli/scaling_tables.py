@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qexport_cli.render import Column, figure, print_json, print_line, print_table, size
+from rich.text import Text
+
+from qexport_cli.render import Column, console, figure, print_json, print_line, print_table, size
 
 if TYPE_CHECKING:
+    from qexport.scaling.findings import Finding
     from qexport.scaling.recommend import Answer
     from qexport.scaling.select import Selection
     from qexport_cli.scaling_choice import Choice
@@ -17,6 +20,10 @@ _HEADS = {
     "kl": "KL", "top1_agreement": "top-1", "cross_entropy": "CE", "output_mse": "output err.", "loss": "loss",
     "trajectory_error": "traj. err.", "fd": "FD",
 }  # fmt: skip
+
+
+_IN_TERMINAL = ("Levels", "Best")
+"""Topics that are printed; the page has all."""
 
 
 def show_plan(chosen: Choice, json: bool) -> None:
@@ -32,8 +39,8 @@ def show_plan(chosen: Choice, json: bool) -> None:
         print_line(f"left out: {item.what} ({item.reason})")
 
 
-def show_result(selection: Selection) -> None:
-    """One table a series: every run with its size and figures."""
+def show_result(selection: Selection, found: Sequence[Finding]) -> None:
+    """One table a series: every run with its size and figures; then the findings that their intervals decide."""
     for series in selection.series:
         rows = [row for run, row in selection.rows.items() if run.series == series]
         rows.sort(key=lambda row: (row.measured.cost["parameters"], -row.run.bits, row.run.number_format))
@@ -52,6 +59,14 @@ def show_result(selection: Selection) -> None:
         ]
         print_table(columns, cells, series)
         print_line()
+    topic = ""
+    for item in found:
+        if item.shown and item.topic.startswith(_IN_TERMINAL):
+            if item.topic != topic:
+                _wrapped(item.topic, "bold")
+                topic = item.topic
+            _wrapped(f"- {item.text}")
+    print_line()
 
 
 def show_recommendation(answers: Sequence[Answer], size_bytes: int, selection: Selection) -> None:
@@ -86,6 +101,10 @@ def show_recommendation(answers: Sequence[Answer], size_bytes: int, selection: S
         if answer.command:
             print_line(answer.command)
     del selection
+
+
+def _wrapped(text: str, style: str = "") -> None:
+    console().print(Text(text, style=style))
 
 
 def _value(found: Any) -> str | None:

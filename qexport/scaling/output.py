@@ -1,24 +1,41 @@
-"""What a sweep leaves in its folder."""
+"""What a sweep leaves in its folder: table, plots, page; and the report where one is asked for."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from qexport.scaling.findings import Finding, findings, laws_of
+from qexport.scaling.page import render
+from qexport.scaling.plots import plots_of, png_of, svg_of
+from qexport.scaling.report import markdown
 from qexport.scaling.select import Selection
 from qexport.scaling.table import csv_text
 
-CSV = "results.csv"
+CSV, PAGE, PLOTS = "results.csv", "index.html", "plots"
 
 
-def write_results(selection: Selection, folder: Path, report: Path | None) -> list[Path]:
-    """Write table, plots and page, each whole or not at all; returns their paths.
+def write_results(selection: Selection, folder: Path, report: Path | None) -> tuple[list[Path], list[Finding]]:
+    """Write everything, each file whole or not at all; returns their paths, and the findings.
 
     Raises:
         OSError: a place that cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    return [_write(folder / CSV, csv_text(selection).encode())]
+    laws = laws_of(selection)
+    found = findings(laws)
+    drawn = plots_of(laws)
+    vectors = {name: svg_of(figure) for name, figure in drawn.items()}
+    files = [_write(folder / CSV, csv_text(selection).encode())]
+    for name, figure in drawn.items():
+        _write(folder / PLOTS / f"{name}.svg", vectors[name].encode())
+        _write(folder / PLOTS / f"{name}.png", png_of(figure))
+    if drawn:
+        files.append(folder / PLOTS)
+    files.append(_write(folder / PAGE, render(selection, found, vectors).encode()))
+    if report is not None:
+        # Pictures are named as they lie beside the results; who publishes the report copies those it shows.
+        files.append(_write(report, markdown(selection, found, {}).encode()))
+    return files, found
 
 
 def _write(path: Path, data: bytes) -> Path:

@@ -1,0 +1,145 @@
+"""Plots of the law, as SVG text and as PNG at print resolution."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from qexport.scaling.curves import AXES, TOTAL, Cell, Curve
+from qexport.scaling.figures import interval, label_of
+from qexport.scaling.grid import FULL_BITS
+from qexport.scaling.law import Levels, SeriesLaw
+from qexport.verify.plots import COLOURS, GRID, INK, STYLE
+
+PNG_DPI = 300
+_WIDTH_INCHES, _HEIGHT_INCHES = 6.4, 4.2
+_INCHES_A_BAR = 0.27
+_VECTOR_STYLE: dict[Any, Any] = {**STYLE, "svg.hashsalt": "qexport"}
+_MARKERS = {"none": "s", "rtn": "o", "gptq": "^", "topkld": "D"}
+_OTHER_MARKERS = "vPX*<>"
+_COLOUR_OF_BITS = {2: COLOURS[2], 3: COLOURS[4], 4: COLOURS[0], 6: COLOURS[3], 8: COLOURS[1], FULL_BITS: COLOURS[6]}
+
+
+def plots_of(laws: Mapping[str, SeriesLaw], axis: str = TOTAL) -> dict[str, Figure]:
+    """Every plot by its file name without suffix."""
+    found: dict[str, Figure] = {}
+    for series, law in laws.items():
+        for name, curves in law.curves.items():
+            found[f"{series}-{name}"] = curve_plot(list(curves.values()), series, name, axis)
+    by_figure: dict[str, list[Levels]] = {}
+    for law in laws.values():
+        for item in law.levels:
+            if item.gained.value is not None:
+                by_figure.setdefault(item.figure, []).append(item)
+    for name, items in by_figure.items():
+        found[f"levels-{name}"] = levels_plot(items, name)
+    return found
+
+
+def svg_of(figure: Figure) -> str:
+    """The figure as SVG; equal figures give equal bytes."""
+    out = io.StringIO()
+    with rc_context(_VECTOR_STYLE):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def png_of(figure: Figure) -> bytes:
+    """The figure as PNG."""
+    out = io.BytesIO()
+    with rc_context(STYLE):
+        figure.savefig(out, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    return out.getvalue()
+
+
+def curve_plot(curves: Sequence[Curve], series: str, figure: str, axis: str) -> Figure:
+    """Quality against bits: a colour for each width, a marker for each method, dashes for floating point.
+
+    Bars are 95 % intervals.
+    """
+    with rc_context(STYLE):
+        drawn, axes = _figure(_HEIGHT_INCHES)
+        methods = dict.fromkeys(curve.cell.method for curve in curves)
+        order = sorted(curves, key=lambda c: (-c.bits, c.cell.number_format, c.cell.method))
+        for curve in order:
+            low, high = np.array([interval(column) for column in curve.samples.T]).T
+            axes.errorbar(
+                2**curve.x, curve.y, yerr=np.maximum(np.stack([curve.y - low, high - curve.y]), 0),
+                color=_COLOUR_OF_BITS.get(curve.bits, INK), marker=_marker(curve.cell, list(methods)), markersize=4.5,
+                linewidth=1.4, elinewidth=0.9, capsize=2, label=str(curve.cell),
+                linestyle=(0, (4, 2)) if _is_float(curve.cell) else "-",
+            )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"2$^{{{np.log2(value):.3g}}}$"))
+        _widen(axes, curves)
+        values = np.concatenate([curve.y for curve in curves])
+        if (values > 0).all() and values.max() > 5 * values.min():
+            axes.set_yscale("log")
+        axes.set_xlabel(AXES[axis])
+        axes.set_ylabel(label_of(figure))
+        axes.set_title(series, loc="left", color=INK, fontsize=10)
+        axes.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), labelcolor=INK)
+    return drawn
+
+
+def levels_plot(items: Sequence[Levels], figure: str) -> Figure:
+    """One bar for each method and width: levels gained, 1 drawn in."""
+    with rc_context(STYLE):
+        drawn, axes = _figure(1.2 + _INCHES_A_BAR * len(items))
+        series = list(dict.fromkeys(item.series for item in items))
+        for place, item in enumerate(items):
+            gained = item.gained
+            assert gained.value is not None
+            colour = COLOURS[series.index(item.series) % len(COLOURS)]
+            axes.barh(place, gained.value, height=0.62, color=colour, alpha=1.0 if gained.sign else 0.35)
+            if gained.low is not None and gained.high is not None:
+                axes.plot([gained.low, gained.high], [place, place], color=INK, linewidth=1.1)
+        names = [f"{item.series}  {item.number_format}  {item.method} over {item.base}" for item in items]
+        axes.set_yticks(range(len(items)), names, color=INK)
+        axes.set_ylim(len(items) - 0.5, -0.5)
+        axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlabel(f"levels gained, of {label_of(figure)}")
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+    return drawn
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    drawn = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
+    axes = drawn.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, which="both")
+    return drawn, axes
+
+
+def _widen(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Ticks at whole and, over a short axis, at half powers of two."""
+    low, high = min(curve.x[0] for curve in curves), max(curve.x[-1] for curve in curves)
+    step = 1.0 if high - low > 2.5 else 0.5
+    margin = max(0.06 * (high - low), 0.1)
+    ticks = np.arange(np.floor(low / step), np.ceil(high / step) + 1) * step
+    axes.set_xlim(2 ** (low - margin), 2 ** (high + margin))
+    axes.set_xticks([2**t for t in ticks if low - margin <= t <= high + margin])
+    axes.minorticks_off()
+
+
+def _marker(cell: Cell, methods: Sequence[str]) -> str:
+    if cell.method in _MARKERS:
+        return _MARKERS[cell.method]
+    others = [name for name in methods if name not in _MARKERS]
+    return _OTHER_MARKERS[others.index(cell.method) % len(_OTHER_MARKERS)]
+
+
+def _is_float(cell: Cell) -> bool:
+    return cell.number_format.startswith("fp") and cell.method != "none"
