@@ -4,9 +4,10 @@
 
 Round to nearest, groups of 32, block matrices; torch on the CPU in float32, no bundle. Sections (`--sections`):
 `middle` (error of the residual stream), `flips` (VAR: errors before and after the draw), `control` (DiT: clean latents
-put onto a k-means codebook), `control_fd` (FD of these), `kinds` (sensitivity per kind of layer), `moderators` (guidance
-and filters). Each is written to results/scaling_analysis.json when it is done and not measured again; `--again` does. At
-the end all figures are drawn: results/scaling_analysis-*.svg and .png. The data set is read, never copied.
+put onto a k-means codebook), `control_fd` (FD of these), `kinds` (sensitivity per kind of layer), `moderators`
+(guidance and filters). Each is written to results/scaling_analysis.json when it is done and not measured again;
+`--again` does. At the end all figures are drawn: results/scaling_analysis-*.svg and .png. The data set is read, never
+copied.
 """
 
 from __future__ import annotations
