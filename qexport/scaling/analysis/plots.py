@@ -82,8 +82,15 @@ def flips_figure(found: Mapping[str, Mapping[str, Any]]) -> Figure:
 def control_figure(found: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Clean latents handed on at each step, and codes that differ, one line a way."""
     figure, (left, right) = _figure(2)
-    _lines(left, {_WAYS[one["way"]]: one["error"] for one in found}, "step", "clean latents, relative L2")
-    _lines(right, {_WAYS[one["way"]]: one["flip"] for one in found}, "step", "share of codes that differ", log=False)
+    for one in found:  # codes at the end are those of the continuous way but for the last step: drawn wide, below it
+        way, (colour, width) = one["way"], _WAY_LOOKS[one["way"]]
+        for axes, name in ((left, "error"), (right, "flip")):
+            steps = range(1, len(one[name]) + 1)
+            axes.plot(steps, one[name], color=colour, linewidth=width, label=_WAYS[way], zorder=10 - width)
+    _logarithmic(left)
+    for axes, label in ((left, "clean latents, relative L2"), (right, "share of codes that differ")):
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
     right.set_ylim(0, 1)
     left.set_title(title, color=INK, fontsize=9)
     _legend(right)
@@ -109,6 +116,8 @@ def kinds_figure(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 
 _WAYS = {"none": "continuous", "end": "codes at the end", "each": "codes at every step"}
+_WAY_LOOKS = {"none": (COLOURS[0], 1.5), "end": ("#93c5fd", 4.0), "each": (COLOURS[2], 1.5)}
+"""Colour and width of each way's line."""
 
 
 def save(figure: Figure, stem: Path) -> None:
