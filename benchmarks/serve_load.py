@@ -1,184 +1,140 @@
-"""A closed-loop load on `qexport serve`, every answer checked against the image drawn offline.
+"""A closed-loop load on `qexport serve`, every answer checked against the image drawn offline (see serve_common).
 
     python benchmarks/serve_load.py BUNDLE --seconds 1800 --out benchmarks/results/serve_load.json
 
-Each client asks for one image, waits for it, and asks again; client k always wants class k mod classes of seed k. The
-offline images are drawn by the runtime itself in each bucket, so an answer is right if its pixels have the hash of the
-bucket that its header names. Three parts:
-
-- bare: images per second of the runtime alone, playing the largest bucket again and again (best and median of five)
+- bare: images per second of the runtime alone, playing the largest bucket again and again, before and after the rest
 - gain: concurrency 1, 8, 32, with batching and without. Without means that every client has a setting of its own (cfg
   shifted by 0.001 k), so that no two may share a batch; the cost of a lone image in a bucket of two stays.
-- soak: `--seconds` at `--concurrency`, with resident memory and answers by status over time.
+- soak: `--seconds` at `--concurrency`, with resident memory (sampled, and the slope of a straight line through it) and
+  figures for every minute
 
-Server, clients and the runtime before them share the machine; threads are given to the server only.
+Service, clients and the runtime before and after share the machine; `--threads` are the service's and the runtime's.
+What is known so far is written every minute (`complete` says whether that is all), and a table beside it (.md).
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import hashlib
-import io
 import json
 import os
 import platform
-import re
 import statistics
-import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import numpy as np
 import onnxruntime
+from serve_common import Load, Record, Service, offline, summary
 
 from qexport.bundle import Bundle
 from qexport.runtime import Runtime, load
-from qexport.runtime.pixels import to_pixels
 from qexport.serve import ServeSettings
 
 CONCURRENCIES = (1, 8, 32)
 GAIN_SECONDS = 12.0
+BARE_SECONDS = 20.0
 WARM_SECONDS = 2.0
-SHIFT = 1e-3
 RSS_EVERY_S = 5.0
-TIMEOUT_S = 120.0
+CHECKPOINT_S = 60.0
+SETTLED = 0.1
+"""Share of the soak that is left out of the memory's slope: buffers reach their sizes in it."""
 
 
-def request(k: int, classes: int, apart: bool, cfg: float) -> dict[str, Any]:
-    """What client k asks for."""
-    settings = {"settings": {"cfg": cfg + SHIFT * k}} if apart else {}
-    return {"labels": [k % classes], "seed": k, "format": "npz", **settings}
-
-
-def hash_of(pixels_HWC: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(pixels_HWC).tobytes()).hexdigest()
-
-
-def offline(runtime: Runtime, clients: int, buckets: tuple[int, ...], apart: bool, cfg: float) -> dict:
-    """Hash by (client, bucket) of the image that the runtime draws by itself."""
-    classes = runtime.bundle.manifest.model.num_classes
-    found = {}
-    for bucket in buckets:
-        for start in range(0, clients, 1 if apart else bucket):
-            rows = [start] if apart else list(range(start, min(start + bucket, clients)))
-            padded = rows + [rows[-1]] * (bucket - len(rows))
-            given: dict[str, Any] = {"label": [k % classes for k in padded]}
-            if apart:
-                given["cfg"] = np.float32(cfg + SHIFT * start)
-            images = runtime.player.play(given, images=[(k, 0) for k in padded])
-            for k, pixels in zip(rows, to_pixels(images), strict=False):
-                found[k, bucket] = hash_of(pixels)
-    return found
-
-
-def bare(runtime: Runtime, bucket: int) -> dict[str, float]:
+def bare(runtime: Runtime, bucket: int, seconds: float) -> dict[str, float]:
     """Images per second of the runtime alone."""
     given, images = {"label": [0] * bucket}, [(k, 0) for k in range(bucket)]
     runtime.player.play(given, images=images)
     rates = []
-    for _ in range(5):
-        start_s = time.perf_counter()
-        runtime.player.play(given, images=images)
-        rates.append(bucket / (time.perf_counter() - start_s))
-    return {"best_images_per_s": max(rates), "median_images_per_s": statistics.median(rates)}
-
-
-class Service:
-    """`qexport serve` on a free port."""
-
-    def __init__(self, bundle: Path, threads: int, queue: int) -> None:
-        self.log = Path(os.devnull).open("w")  # noqa: SIM115 - closed in __exit__
-        command = [sys.executable, "-c", "from qexport_cli.main import main; main()", "serve", str(bundle)]
-        command += ["--port", "0", "--threads", str(threads), "--queue", str(queue)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Service:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            event = json.loads(line)
-            if event["event"] == "listening":
-                self.url = f"http://127.0.0.1:{event['port']}"
-            if event["event"] == "ready":
-                break
-        else:
-            raise SystemExit("the service did not start")
-        threading.Thread(target=self._drain, daemon=True).start()
-        return self
-
-    def _drain(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log.write(line)
-
-    def __exit__(self, *_: object) -> None:
+    end_s = time.monotonic() + seconds
+    while time.monotonic() < end_s or len(rates) < 3:
         start_s = time.monotonic()
-        self.process.terminate()
-        self.exit_code = self.process.wait(90)
-        self.drain_s = time.monotonic() - start_s
-        self.log.close()
-
-
-async def drive(
-    url: str, clients: int, seconds: float, references: dict, classes: int, apart: bool, cfg: float
-) -> dict[str, Any]:
-    """Load for so long; what came back."""
-    latencies_s: list[float] = []
-    statuses: Counter[int] = Counter()
-    buckets: Counter[int] = Counter()
-    wrong = 0
-    rss_MB: list[tuple[float, float]] = []
-    begin_s = time.perf_counter()
-    end_s = begin_s + seconds
-    limits = httpx2.Limits(max_connections=clients + 1, max_keepalive_connections=clients + 1)
-    async with httpx2.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits) as http:
-
-        async def client(k: int) -> None:
-            nonlocal wrong
-            body = request(k, classes, apart, cfg)
-            while time.perf_counter() < end_s:
-                start_s = time.perf_counter()
-                answer = await http.post("/v1/images", json=body)
-                statuses[answer.status_code] += 1
-                if answer.status_code == 429:
-                    await asyncio.sleep(float(answer.headers["retry-after"]))
-                    continue
-                latencies_s.append(time.perf_counter() - start_s)
-                if answer.status_code == 200:
-                    bucket = int(answer.headers["x-qexport-buckets"])
-                    buckets[bucket] += 1
-                    pixels = np.load(io.BytesIO(answer.content))["images"][0]
-                    wrong += hash_of(pixels) != references[k, bucket]
-
-        async def watch() -> None:
-            while True:
-                text = (await http.get("/metrics")).text
-                found = re.search(r"^process_resident_memory_bytes (\S+)$", text, re.M)
-                if found:
-                    rss_MB.append((round(time.perf_counter() - begin_s, 1), float(found[1]) / 1e6))
-                await asyncio.sleep(RSS_EVERY_S)
-
-        watching = asyncio.create_task(watch())
-        await asyncio.gather(*(client(k) for k in range(clients)))
-        spent_s = time.perf_counter() - begin_s
-        watching.cancel()
-    good = statuses[200]
-    ordered = sorted(latencies_s)
-
-    def share(part: float) -> float:
-        return round(ordered[min(len(ordered) - 1, int(part * len(ordered)))] * 1000, 1)
-
+        runtime.player.play(given, images=images)
+        rates.append(bucket / (time.monotonic() - start_s))
+    whole = len(rates) / sum(1 / rate for rate in rates)
     return {
-        "concurrency": clients, "seconds": round(spent_s, 1), "images_per_s": round(good / spent_s, 3),
-        "p50_ms": share(0.5), "p99_ms": share(0.99), "max_ms": round(ordered[-1] * 1000, 1),
-        "statuses": {str(k): n for k, n in sorted(statuses.items())}, "buckets": dict(sorted(buckets.items())),
-        "wrong_answers": wrong, "checked_answers": good, "rss_MB": [(t, round(m, 1)) for t, m in rss_MB],
+        "images_per_s": round(whole, 3), "median_images_per_s": round(statistics.median(rates), 3),
+        "best_images_per_s": round(max(rates), 3), "batches": len(rates), "load_average": os.getloadavg()[0],
     }  # fmt: skip
+
+
+def slope(rss_MB: list[tuple[float, float]]) -> dict[str, float] | None:
+    """Growth of memory: a straight line through the samples after the first `SETTLED` share of the time."""
+    settled = [(t, m) for t, m in rss_MB if t >= SETTLED * rss_MB[-1][0]]
+    if len(settled) < 3:
+        return None
+    times_s, sizes_MB = np.array(settled).T
+    per_s, _ = np.polyfit(times_s, sizes_MB, 1)
+    return {
+        "MB_per_hour": round(float(per_s) * 3600, 2), "first_MB": float(sizes_MB[0]), "last_MB": float(sizes_MB[-1]),
+        "lowest_MB": float(sizes_MB.min()), "highest_MB": float(sizes_MB.max()), "samples": len(settled),
+    }  # fmt: skip
+
+
+def drive(service: Service, one: Load, seconds: float, checkpoint: Any = None) -> dict[str, Any]:
+    """Load for so long; `checkpoint` is called with what is known every minute."""
+    rss_MB: list[tuple[float, float]] = []
+    minutes: list[dict[str, Any]] = []
+    begin_s = time.monotonic()
+    end_s = begin_s + seconds
+    loading = threading.Thread(target=one.run, args=(lambda: time.monotonic() >= end_s,))
+    loading.start()
+
+    def so_far(until_s: float) -> dict[str, Any]:
+        found = {"concurrency": one.clients, **summary(one.records, begin_s, until_s)}
+        return {**found, "memory": slope(rss_MB) if rss_MB else None, "minutes": minutes, "rss_MB": rss_MB}
+
+    while loading.is_alive():
+        rss_MB.append((round(time.monotonic() - begin_s, 1), service.resident_mb()))
+        if len(minutes) < int((time.monotonic() - begin_s) / CHECKPOINT_S):
+            start_s = begin_s + len(minutes) * CHECKPOINT_S
+            minutes.append(_short(one.records, start_s, start_s + CHECKPOINT_S))
+            if checkpoint is not None:
+                checkpoint(so_far(time.monotonic()))
+        loading.join(RSS_EVERY_S)
+    return so_far(max((r.at_s for r in one.records), default=end_s))
+
+
+def _short(records: list[Record], begin_s: float, end_s: float) -> dict[str, Any]:
+    full = summary(records, begin_s, end_s)
+    return {name: full[name] for name in ("images_per_s", "p50_ms", "p99_ms", "statuses", "wrong_answers")}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result in words and a table."""
+    soak, before, after = result.get("soak"), result["bare"], result.get("bare_after")
+    lines = [
+        f"# Load on `qexport serve`: {result['model']} {result['scheme']}, {result['cores']} cores, "
+        f"{result['threads']} thread(s), ONNX Runtime {result['onnxruntime']}",
+        "",
+        f"Load of the machine before: {result['load_average_before'][0]:.2f}. "
+        f"The runtime alone: {before['images_per_s']:.2f} images/s before"
+        + (f", {after['images_per_s']:.2f} after." if after else "."),
+        "",
+        "| clients | batching | images/s | p50 ms | p99 ms | wrong of checked |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = [*result.get("gain", []), *([{**soak, "batching": True}] if soak else [])]
+    for row in rows:
+        name = f"{row['concurrency']}" + (f", for {row['seconds']:.0f} s" if row["seconds"] > 100 else "")
+        lines.append(
+            f"| {name} | {'yes' if row['batching'] else 'no'} | {row['images_per_s']:.2f} | {row['p50_ms']:.0f} "
+            f"| {row['p99_ms']:.0f} | {row['wrong_answers']} of {row['checked_answers']} |"
+        )
+    if soak:
+        memory = soak["memory"]
+        lines += ["", f"Soak: statuses {soak['statuses']}, deadline {result['deadline_s']:.0f} s."]
+        lines.append(f"Slowest answer: {soak['max_ms']:.0f} ms.")
+        if memory:
+            grown = f"slope {memory['MB_per_hour']:+.1f} MB an hour"
+            lines.append(f"Memory: {memory['first_MB']:.0f} MB to {memory['last_MB']:.0f} MB, {grown}.")
+        if "share_of_bare" in result:
+            lines.append(f"Throughput: {result['share_of_bare']:.3f} of the runtime alone (mean of before and after).")
+    if not result["complete"]:
+        lines += ["", "The run was not finished when this was written."]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -186,55 +142,71 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--gain-seconds", type=float, default=GAIN_SECONDS)
+    parser.add_argument("--bare-seconds", type=float, default=BARE_SECONDS)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, help="processes that draw; none: one process serves and draws")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
     classes = bundle.manifest.model.num_classes
     cfg = next(i.default for i in bundle.plan.inputs if i.name == "cfg")
-    buckets = ServeSettings().buckets
+    limits = ServeSettings()
+    buckets = limits.buckets
     result: dict[str, Any] = {
-        "bundle": bundle.manifest.digest, "model": bundle.manifest.model.name, "scheme": bundle.manifest.scheme,
-        "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": options.threads,
+        "complete": False, "bundle": bundle.manifest.digest, "model": bundle.manifest.model.name,
+        "scheme": bundle.manifest.scheme, "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(), "threads": options.threads, "workers": options.workers,
         "load_average_before": os.getloadavg(), "onnxruntime": onnxruntime.__version__, "buckets": buckets,
+        "deadline_s": limits.deadline_s,
     }  # fmt: skip
+
+    def write(more: dict[str, Any]) -> None:
+        result.update(more)
+        if options.out:
+            new = options.out.with_suffix(".new")
+            new.write_text(json.dumps(result, indent=1) + "\n")
+            new.replace(options.out)
+            options.out.with_suffix(".md").write_text(table(result))
+
     clients = max(*CONCURRENCIES, options.concurrency)
     runtime = load(options.bundle, provider="cpu", threads=options.threads)
-    together = offline(runtime, clients, buckets, False, cfg)
+    together = offline(runtime, clients, buckets)
     alone = offline(runtime, clients, buckets[:1], True, cfg)
-    result["images_that_differ_between_buckets"] = sum(
-        len({together[k, bucket] for bucket in buckets}) > 1 for k in range(clients)
-    )
-    result["bare"] = bare(runtime, buckets[-1])
-    with Service(options.bundle, options.threads, 4 * clients) as service:
+    differ = sum(len({together[k, bucket] for bucket in buckets}) > 1 for k in range(clients))
+    write({"images_that_differ_between_buckets": differ, "bare": bare(runtime, buckets[-1], options.bare_seconds)})
+    more = ["--queue", str(4 * clients)] + (["--workers", str(options.workers)] if options.workers else [])
+    with Service(options.bundle, *more, threads=options.threads) as service:
+        if options.workers:
+            service.wait("ready", options.workers)
 
-        def run(count: int, seconds: float, apart: bool) -> dict[str, Any]:
+        def run(count: int, seconds: float, apart: bool, checkpoint: Any = None) -> dict[str, Any]:
             references = alone if apart else together
-            asyncio.run(drive(service.url, count, WARM_SECONDS, references, classes, apart, cfg))
-            got = asyncio.run(drive(service.url, count, seconds, references, classes, apart, cfg))
-            print(json.dumps({**got, "apart": apart, "rss_MB": got["rss_MB"][-1:]}), file=sys.stderr)
+            drive(service, Load(service.url, count, references, classes, apart, cfg), WARM_SECONDS)
+            got = drive(service, Load(service.url, count, references, classes, apart, cfg), seconds, checkpoint)
+            print(json.dumps({k: v for k, v in got.items() if k not in ("rss_MB", "minutes")}), file=sys.stderr)
             return got
 
-        result["gain"] = [
-            {"batching": not apart, **run(count, options.gain_seconds, apart)}
-            for count in CONCURRENCIES
-            for apart in (False, True)
-        ]
-        result["soak"] = run(options.concurrency, options.seconds, False)
-    result["bare_after"] = bare(runtime, buckets[-1])
-    result["share_of_bare"] = round(
-        result["soak"]["images_per_s"]
-        / statistics.mean([result["bare"]["median_images_per_s"], result["bare_after"]["median_images_per_s"]]),
-        3,
+        gain = []
+        for count in CONCURRENCIES:
+            for apart in (False, True):
+                row = run(count, options.gain_seconds, apart)
+                gain.append({"batching": not apart, **{k: v for k, v in row.items() if k not in ("minutes", "memory")}})
+                write({"gain": gain})
+        write({"soak": run(options.concurrency, options.seconds, False, lambda got: write({"soak": got}))})
+    after = bare(runtime, buckets[-1], options.bare_seconds)
+    alone_per_s = statistics.mean([result["bare"]["images_per_s"], after["images_per_s"]])
+    write(
+        {
+            "bare_after": after,
+            "share_of_bare": round(result["soak"]["images_per_s"] / alone_per_s, 3),
+            "exit": {"code": service.exit_code, "drain_s": service.drain_s},
+            "complete": True,
+        }
     )
-    result["exit"] = {"code": service.exit_code, "drain_s": round(service.drain_s, 2)}
-    text = json.dumps(result, indent=1) + "\n"
-    if options.out:
-        options.out.write_text(text)
-    print(text)
-    if result["soak"]["wrong_answers"] or any(row["wrong_answers"] for row in result["gain"]):
-        raise SystemExit("wrong answers")
+    print(table(result))
+    if result["soak"]["wrong_answers"] or any(row["wrong_answers"] for row in gain) or service.exit_code:
+        raise SystemExit("wrong answers, or a bad end")
 
 
 if __name__ == "__main__":
