@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -96,7 +96,7 @@ def train(arguments: argparse.Namespace) -> None:
     work = arguments.work or arguments.out.with_name(f"{arguments.out.name}.training")
     trainer = Trainer(
         task, images, recipe, device=arguments.device, checkpoints=Checkpoints(work, key) if recipe.steps else None,
-        checkpoint_every=arguments.checkpoint_every,
+        checkpoint_every=arguments.checkpoint_every, encoding=_encoding(),
     )  # fmt: skip
     if trainer.step:
         _say(f"{trainer.step} of {recipe.steps} steps were done")
@@ -149,6 +149,19 @@ def _progress(recipe: Recipe) -> Progress:
             left_s = (time.perf_counter() - start_s) / (done - first[0]) * (recipe.steps - done)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in terms.items())
             _say(f"step {done} of {recipe.steps}: {shown}; {left_s / 60:.0f} min left")
+
+    return tell
+
+
+def _encoding() -> Callable[[int, int], None]:
+    """A line for every tenth of the images that a frozen autoencoder has gone through."""
+    told = [0]
+
+    def tell(done: int, total: int) -> None:
+        tenth = 10 * done // total
+        if tenth > told[0]:
+            told[0] = tenth
+            _say(f"encoded {done} of {total} images, mirrored ones included")
 
     return tell
 

@@ -98,15 +98,15 @@ def to_unit(pixels_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prepared(
-    images: Examples, encode: Callable[[Tensor], Tensor], size: int, done: Callable[[int], None] | None = None
+    images: Examples, encode: Callable[[Tensor], Tensor], size: int, done: Callable[[int, int], None] | None = None
 ) -> Examples:
-    """What frozen `encode` makes of the images and of their mirror images; `done` is told how many are through."""
+    """What frozen `encode` makes of the images and of their mirror images; `done` is told (done, in all)."""
     sides: list[Tensor] = []
     for mirrored in (False, True):
         parts = []
         for pixels, _ in images.in_order(size):
             parts.append(encode(pixels.flip(-1) if mirrored else pixels).cpu())
             if done is not None:
-                done(len(pixels))
+                done(len(images) * mirrored + sum(map(len, parts)), 2 * len(images))
         sides.append(torch.cat(parts))
     return Examples(sides[0], images.labels, sides[1])

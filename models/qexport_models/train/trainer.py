@@ -41,8 +41,13 @@ class Trainer:
         device: str = "cpu",
         checkpoints: Checkpoints | None = None,
         checkpoint_every: int = DEFAULT_CHECKPOINT_EVERY,
+        encoding: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Move everything to the device, prepare the examples, and go to where a checkpoint left off."""
+        """Move everything to the device, prepare the examples, and go to where a checkpoint left off.
+
+        `encoding` is told (done, in all) while a frozen autoencoder goes through the images.
+        """
+        self._encoding = encoding
         self._task, self._recipe, self._device = task, recipe, torch.device(device)
         self._checkpoints, self._every = checkpoints, checkpoint_every
         for module in (task.module, *task.frozen()):
@@ -112,7 +117,7 @@ class Trainer:
             return Examples(state["plain"], images.labels, state["mirrored"])
         if self._task.encode(images.plain[:1].to(self._device)) is None:
             return images
-        found = prepared(images, self._encoded, PREPARE_BATCH)
+        found = prepared(images, self._encoded, PREPARE_BATCH, self._encoding)
         if self._checkpoints is not None:
             self._checkpoints.save(PREPARED, {"plain": found.plain, "mirrored": found.mirrored})
         return found

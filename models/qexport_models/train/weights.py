@@ -86,8 +86,8 @@ def make_task(recipe: Recipe, init: Path | None = None, vae: Path | None = None,
 def save_weights(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
     """Write a state dict, floats as fp16, under another name, then rename.
 
-    `metadata` goes under one key, ``training``, as JSON: safetensors writes several in an order that changes from run to
-    run, and the same training is to give the same bytes.
+    `metadata` goes under one key, ``training``, as JSON: safetensors writes several in an order that changes from run
+    to run, and the same training is to give the same bytes.
 
     Raises:
         InputError: a weight is not finite or beyond fp16, or the file cannot be written.
