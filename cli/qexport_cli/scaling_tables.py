@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ _HEADS = {
 }  # fmt: skip
 
 
-_IN_TERMINAL = ("Levels", "Best")
+_IN_TERMINAL = re.compile(r"Best width|Levels gained, .*(KL|output error)")
 """Topics that are printed; the page has all."""
 
 
@@ -61,7 +62,7 @@ def show_result(selection: Selection, found: Sequence[Finding]) -> None:
         print_line()
     topic = ""
     for item in found:
-        if item.shown and item.topic.startswith(_IN_TERMINAL):
+        if item.shown and _IN_TERMINAL.match(item.topic):
             if item.topic != topic:
                 _wrapped(item.topic, "bold")
                 topic = item.topic

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qexport.scaling.curves import TOTAL
 from qexport.scaling.figures import FD, label_of
 from qexport.scaling.fits import PowerLaw
-from qexport.scaling.law import Best, Compared, Estimate, Levels, SeriesLaw, compare_series, series_law
+from qexport.scaling.law import Best, Compared, Estimate, Levels, SeriesLaw, compare_series, estimate, series_law
 from qexport.scaling.select import Selection
 
 
@@ -33,6 +33,7 @@ def findings(laws: Mapping[str, SeriesLaw]) -> list[Finding]:
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             found += _compared(a, b, compare_series(laws[a].curves.get(FD, {}), laws[b].curves.get(FD, {})))
+            found += _degraded(laws[a], laws[b])
     for law in laws.values():
         found += [_level(item) for item in law.levels]
         found += _best(law)
@@ -68,15 +69,49 @@ def _compared(a: str, b: str, compared: Sequence[Compared]) -> list[Finding]:
     return found
 
 
+def _degraded(a: SeriesLaw, b: SeriesLaw) -> list[Finding]:
+    """Which series loses less of itself, in FD and in the figure that each is judged by."""
+    found = []
+    for first in a.degraded:
+        cell = (first.cell.number_format, first.cell.method)
+        second = next(
+            (
+                item for item in b.degraded
+                if (item.cell.number_format, item.cell.method) == cell and (item.figure == FD) == (first.figure == FD)
+            ),
+            None,
+        )  # fmt: skip
+        if second is None or first.share.value is None or second.share.value is None:
+            continue
+        names = dict.fromkeys(label_of(item.figure) for item in (first, second))
+        topic = f"{a.series} or {b.series}: worse than their own full precision by ({' and '.join(names)})"
+        gap = estimate(first.share.value - second.share.value, first.samples - second.samples)
+        better = (a.series, b.series)[gap.sign > 0]
+        verdict = f"{better} loses less" if gap.sign else "not shown which loses less"
+        shares = f"{a.series} {_percent(first.share)}, {b.series} {_percent(second.share)}"
+        found.append(Finding(topic, f"{first.cell}: {verdict}; {shares}.", gap.sign != 0))
+    return found
+
+
+def _percent(share: Estimate) -> str:
+    assert share.value is not None
+    if share.low is None or share.high is None:
+        return f"{share.value:.2%}"
+    return f"{share.value:.2%} ({share.low:.2%} … {share.high:.2%})"
+
+
 def _level(item: Levels) -> Finding:
     topic = f"Levels gained, {item.series} ({label_of(item.figure)})"
     step = f"{item.number_format} → {item.next_format} by {item.base}"
     head = f"{item.method} at {item.number_format}: "
     if item.gained.value is None:
         return Finding(topic, f"{head}not shown, the step {step} does not help by itself.", False)
-    text = f"{head}{words(item.gained)} of the step {step}, {item.sizes} size(s)"
-    shown = item.gained.sign != 0
-    return Finding(topic, text + ("." if shown else "; not shown to differ from nothing."), shown)
+    text = f"{head}{words(item.gained)} of the step {step}, {item.sizes} size{'s' if item.sizes > 1 else ''}"
+    if not item.gained.sign:
+        return Finding(topic, text + "; not shown to differ from nothing.", False)
+    low, high = item.gained.low or 0.0, item.gained.high or 0.0
+    whole = "more than" if low > 1 else "less than" if high < 1 else "not shown to differ from"
+    return Finding(topic, f"{text}; {whole} one level.", True)
 
 
 def _best(law: SeriesLaw) -> list[Finding]:

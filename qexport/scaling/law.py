@@ -4,6 +4,8 @@
 - *levels gained* by a method at k bits: how much of the way from k to the next width it goes at k bits' cost,
   Σ (q_k − q_k,method) / Σ (q_k − q_next), sums over sizes, `q` the base method's figure. 1 is one level.
 - *best* at a size in bits: the lowest curve there, against the lowest of another width
+- *degraded*: how much worse than full precision of the same size, Σ q_k / Σ q_16 − 1, sums over sizes; without a
+  unit, so that series of different figures can be set side by side
 - *series compared*: at equal total bits, the mean difference of FD over the sizes that both reach
 
 Legend: S sizes, R resamples, P places.
@@ -103,6 +105,17 @@ class Offset:
 
 
 @dataclass(frozen=True)
+class Degraded:
+    """Share by which a format and method is worse than full precision, over so many sizes; `samples` are resamples."""
+
+    cell: Cell
+    figure: str
+    share: Estimate
+    samples: np.ndarray
+    sizes: int
+
+
+@dataclass(frozen=True)
 class Compared:
     """FD of series `a` minus that of `b` at equal total bits, mean over the sizes in bits that both reach."""
 
@@ -124,6 +137,7 @@ class SeriesLaw:
     curves: Mapping[str, Mapping[Cell, Curve]]
     offsets: Sequence[Offset]
     levels: Sequence[Levels]
+    degraded: Sequence[Degraded]
     best: Sequence[Best]
     fits: Mapping[str, PowerLaw | str]
 
@@ -144,6 +158,9 @@ def series_law(selection: Selection, series: str, axis: str = TOTAL) -> SeriesLa
         curves=curves,
         offsets=offsets(judged, quality or ""),
         levels=[found for name in curves for found in levels(curves[name], name)],
+        degraded=[
+            found for name in dict.fromkeys((quality, FD)) for found in degraded(curves.get(name or "", {}), name)
+        ],
         best=best_at(list(judged.values())),
         fits={name: _fit(selection, series, name) for name in figures},
     )
@@ -163,6 +180,23 @@ def offsets(curves: Mapping[Cell, Curve], figure: str) -> list[Offset]:
         ]
         value = offset(curve.x, curve.y, full.x, full.y)
         found.append(Offset(cell, figure, estimate(value, np.array(samples))))
+    return found
+
+
+def degraded(curves: Mapping[Cell, Curve], figure: str | None) -> list[Degraded]:
+    """How much worse every curve is than full precision's; see module."""
+    full = next((curve for cell, curve in curves.items() if cell.number_format == FULL), None)
+    if full is None or figure is None:
+        return []
+    found = []
+    for cell, curve in curves.items():
+        common = [model for model in curve.models if model in full.models]
+        if curve is full or not common:
+            continue
+        mine, whole = ([c.models.index(model) for model in common] for c in (curve, full))
+        value = curve.y[mine].sum() / full.y[whole].sum() - 1
+        samples = curve.samples[:, mine].sum(axis=1) / full.samples[:, whole].sum(axis=1) - 1
+        found.append(Degraded(cell, figure, estimate(float(value), samples), samples, len(common)))
     return found
 
 

@@ -11,6 +11,7 @@ the worker.
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,7 +37,8 @@ def sweep_on_ray(task: Task, progress: Progress | None = None) -> Outcome:
         raise InputError("--ray needs qexport[ray]: pip install 'qexport[ray]'") from None
     started = not ray.is_initialized()
     if started:
-        ray.init(log_to_driver=False, configure_logging=False, include_dashboard=False)
+        address = os.environ.get("RAY_ADDRESS", "local")  # never a cluster that happens to run here
+        ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
     try:
         greatest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
         if greatest < task.threads:

@@ -145,6 +145,23 @@ def test_levels_of_a_step_that_does_not_help_are_not_shown():
     assert all(item.gained.value is None for item in law.levels if item.figure == "cross_entropy")
 
 
+@pytest.mark.parametrize(("share", "sign"), [(0.1, 1), (0.02, -1), (0.05, 0)])
+def test_series_are_set_side_by_side_by_what_they_lose(share, sign):
+    def value(series, parameters, bits, method):
+        own = (10 - np.log2(parameters) / 4) * (1 if series == "var-c10" else 30)
+        return own * (1 if bits == 16 else 1 + (share if series == "dit-c10" else 0.05))
+
+    laws = laws_of(made_up.selection(value, series=("dit-c10", "var-c10"), noise=1e-4))
+    for item in laws["dit-c10"].degraded:
+        assert item.share.value == pytest.approx(share, rel=1e-6)
+        assert item.sizes == 3
+    texts = [item.text for item in findings(laws) if "DDPM loss and cross-entropy" in item.topic]
+    said = {1: "var-c10 loses less", -1: "dit-c10 loses less", 0: "not shown which loses less"}[sign]
+    assert len(texts) == 3
+    if sign:
+        assert all(said in text for text in texts)
+
+
 def two_series(gap):
     def value(series, parameters, bits, method):
         return 10 - np.log2(parameters * bits) / 8 + (gap if series == "var-c10" else 0)
@@ -161,7 +178,7 @@ def test_series_at_equal_bits(gap, sign):
     for item in compared:
         assert item.difference.value == pytest.approx(10 * gap, abs=1e-9)
         assert item.difference.sign == sign
-    texts = [item.text for item in findings(laws) if "FD" in item.topic and "or" in item.topic]
+    texts = [item.text for item in findings(laws) if "at equal total bits" in item.topic]
     better = {-1: "var-c10 is better", 1: "dit-c10 is better", 0: "not shown which is better"}[sign]
     assert len(texts) == 4
     assert all(better in text for text in texts)
