@@ -23,14 +23,21 @@ its own input.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qexport.family import Generator
 from qexport.reference.backend import TorchBackend, torch_player
 from qexport.reference.twin import float64_of
 from qexport.runtime import Player
-from qexport.verify.limits import EXCUSED_DRAWS, FP32_IMAGE_MAX_ABS, FP32_LOGITS_RELATIVE_L2, Limits
+from qexport.verify.limits import (
+    EXCUSED_DRAWS,
+    FP16_SHARE,
+    FP32_IMAGE_MAX_ABS,
+    FP32_LOGITS_RELATIVE_L2,
+    Limits,
+    widest,
+)
 from qexport.verify.trajectory import TrajectoryResult, compare_trajectories
 
 FACTOR = math.sqrt(10)
@@ -78,15 +85,23 @@ class _Deaf(TorchBackend):
         self._inputs = {spec.name: {port.name: port for port in spec.inputs} for spec in rounded.graphs}
 
 
-def limits_from(departures: Departures, reference: Generator) -> Limits:
-    """The limits of the rounded trajectories; see module."""
+def half_limits_from(departures: Departures, reference: Generator, half: Limits) -> Limits:
+    """The limits of rounded trajectories of graphs that compute in float16, where weight-only ones have `half`.
+
+    Draws differ with an excuse as often as they like: half of them do, so a share would tell nothing.
+    """
+    return replace(widest(limits_from(departures, reference, FP16_SHARE), half), excused_draws=1.0)
+
+
+def limits_from(departures: Departures, reference: Generator, share: float = SHARE) -> Limits:
+    """The limits of the rounded trajectories; see module. `share` is that of the whole of the rounding."""
     own, whole = departures.own, departures.whole
     own_l2, own_image = _worst(own, reference)
     whole_l2, whole_image = _worst(whole, reference)
-    relative_l2 = max(FACTOR * own_l2, SHARE * whole_l2, FP32_LOGITS_RELATIVE_L2)
+    relative_l2 = max(FACTOR * own_l2, share * whole_l2, FP32_LOGITS_RELATIVE_L2)
     draws = own.draws
     excused = FACTOR**2 * (draws.excused + 1) / draws.total if draws.total else 0.0
-    image = max(FACTOR * own_image, SHARE * whole_image, FP32_IMAGE_MAX_ABS)
+    image = max(FACTOR * own_image, share * whole_image, FP32_IMAGE_MAX_ABS)
     # Fifty steps of a diffusion sampler spread what one flip does: the end of a trajectory depends on which flips
     # happened, not on how many. All that can be asked is that it is no further off than the rounding itself makes it.
     free = max(FACTOR * own.free.image_max_abs, whole.free.image_max_abs) if reference.draw is None else 0.0
@@ -96,7 +111,7 @@ def limits_from(departures: Departures, reference: Generator) -> Limits:
         image_max_abs=image,
         free_image_max_abs=max(free, image),
         excused_draws=max(excused, EXCUSED_DRAWS),
-        kl=max(FACTOR**2 * own.worst_kl[0], SHARE**2 * whole.worst_kl[0], KL_FLOOR),
+        kl=max(FACTOR**2 * own.worst_kl[0], share**2 * whole.worst_kl[0], KL_FLOOR),
     )
 
 

@@ -29,7 +29,7 @@ from qexport.verify.placement import HEAVY_OPS, Placement, check_fusion, measure
 from qexport.verify.quality import Quality, drawn_by, measure_quality, runtime_student, tokens_of
 from qexport.verify.reference import Models, check_plan, load_models
 from qexport.verify.report import VerifyReport
-from qexport.verify.rounding import Departures, limits_from, measure_departures
+from qexport.verify.rounding import Departures, half_limits_from, limits_from, measure_departures
 from qexport.verify.solved_codes import check_solved
 from qexport.verify.speed import BUDGET_S, measure_speed, peak_memory_bytes
 from qexport.verify.targets import compute_dtype
@@ -133,9 +133,11 @@ class Rungs:
             departures = self.attempt("the model's own departure", lambda: self.departures(models))
             if departures is None:
                 return
-            limits = limits_from(departures, models.quantised)
-        reference, rounded = models.quantised, bool(models.activations)
-        result = self.attempt("trajectories", lambda: self.compare(reference, runtime.player, rounded))
+            half = limits.kl is not None  # float16: limits of weight-only graphs have no KL in float32
+            found = half_limits_from(departures, models.quantised, limits) if half else None
+            limits = found or limits_from(departures, models.quantised)
+        reference, divergence = models.quantised, limits.kl is not None
+        result = self.attempt("trajectories", lambda: self.compare(reference, runtime.player, divergence))
         if result is None:
             return
         self.report.trajectories = result.to_json()

@@ -223,7 +223,11 @@ class _Batch:
     def _teacher_forced(self, record: CallRecord[Tensor]) -> None:
         backend = self.player.backend
         wanted = {port: value.numpy() for port, value in record.results.items()}
-        feeds = {port: backend.put(value.numpy()) for port, value in record.feeds.items()}
+        ports = backend.inputs(record.graph)  # a graph that was lowered to float16 may keep its caches in it
+        feeds = {
+            port: backend.put(value.numpy().astype(ports[port].dtype, copy=False))
+            for port, value in record.feeds.items()
+        }
         results = backend.run(record.graph, feeds, tuple(wanted))
         found = {port: backend.get(value) for port, value in results.items()}
         batch = len(next(iter(found.values())))
