@@ -72,6 +72,8 @@ def scaling(
     """Measure models of many sizes at many bits, and say which size at how many bits is best."""
     folder = out or DEFAULT_OUT
     path = store or folder / STORE
+    if jobs < 1:
+        raise InputError(f"--jobs {jobs}: at least 1 process is needed")
     if budget is not None:
         _recommend(path, parse_size(budget), json)
         return
@@ -102,8 +104,6 @@ def _sweep(chosen: Choice, path: Path, folder: Path, jobs: int, ray: bool) -> tu
     from qexport.scaling.measure import Files, measure
     from qexport.scaling.sweep import Task, digests_of, keyed, sweep, threads_for
 
-    if jobs < 1:
-        raise InputError(f"--jobs {jobs}: at least 1 process is needed")
     folder.mkdir(parents=True, exist_ok=True)
     files = Files(
         None if chosen.images is None else os.path.abspath(chosen.images),  # noqa: PTH100 — links stay as given
