@@ -1,6 +1,6 @@
 """`qexport ship --to triton` in a real Triton Inference Server, against the runtime, to the bit.
 
-    python benchmarks/triton_check.py BUNDLE --environment ENV
+    python benchmarks/triton_check.py BUNDLE --environment ENV --out benchmarks/results/triton_check.json
 
 ENV is a virtual environment with ``nvidia-pytriton`` (whose wheel carries a server with the Python backend, no GPU
 needed) and ``onnxruntime``. That server has no ONNX Runtime backend, so for this check the models of the graphs get a
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--environment", type=Path, required=True)
     parser.add_argument("--schedule")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
     (packages,) = options.environment.resolve().glob("lib/python*/site-packages")
@@ -141,6 +142,9 @@ def main() -> None:
         runtime = load(options.bundle, provider="cpu", options="exact", threads=1)
         want = runtime.generate(list(LABELS), seed=7, schedule=options.schedule)
         result = {
+            "bundle": bundle.manifest.digest,
+            "scheme": bundle.manifest.scheme,
+            "backends_in_the_package": sorted(path.name for path in (carried / "backends").iterdir()),
             "server": next(
                 line.split("|")[2].strip() for line in log.read_text().splitlines() if "server_version" in line
             ),
@@ -149,6 +153,8 @@ def main() -> None:
             "refused": str(drawn["refused"]),
         }
     print(json.dumps(result, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     raise SystemExit(any(result["max_difference"].values()) or not result["refused"])
 
 

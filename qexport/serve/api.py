@@ -17,7 +17,7 @@ from qexport.errors import InputError
 from qexport.runtime.inputs import label_input
 from qexport.serve.engine import Engine
 from qexport.serve.failures import DeadlineError, RequestError
-from qexport.serve.guard import Guard, error_response
+from qexport.serve.guard import CLIENT_GONE, Guard, error_response
 from qexport.serve.jobs import Drawn, Job
 from qexport.serve.logs import event
 from qexport.serve.metrics import CONTENT_TYPE, Metrics
@@ -136,7 +136,7 @@ def create_app(engines: Sequence[Engine], settings: ServeSettings, metrics: Metr
         )
         drawn = await _outcome(request, job, min(wanted.timeout_s or settings.deadline_s, settings.deadline_s))
         if drawn is None:
-            return Response(status_code=204)  # nobody is there to read it
+            return Response(status_code=CLIENT_GONE)  # for the log; nobody is there to read it
         buckets = ",".join(map(str, drawn.buckets))
         notes |= {"queued_ms": round(drawn.queued_s * 1000, 1), "buckets": buckets}
         body = await asyncio.to_thread(encode, drawn.pixels, wanted.classes, wanted.format)
@@ -153,7 +153,7 @@ def create_app(engines: Sequence[Engine], settings: ServeSettings, metrics: Metr
         """What is served: models, sizes, classes, settings with their defaults and limits."""
         return [_facts(engine) for engine in engines]
 
-    @app.get("/healthz")
+    @app.get("/healthz", responses={503: {"description": "a thread that draws has ended"}})
     async def health() -> JSONResponse:
         """200 while every thread that draws is alive; otherwise the process should be replaced."""
         dead = [engine.name for engine in engines if not engine.alive]

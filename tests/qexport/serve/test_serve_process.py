@@ -117,3 +117,4 @@ def test_who_leaves_gives_the_place_back(start, toy):
     text = httpx2.get(f"{it.url}/metrics").text
     assert re.search(r'^qexport_dropped_images_total\{bundle="toy"\} 1', text, re.M)
     assert re.search(r'^qexport_images_total\{bundle="toy"\} 1', text, re.M)
+    assert re.search(r'^qexport_requests_total\{path="/v1/images",status="499"\} 1', text, re.M)
