@@ -160,7 +160,7 @@ def _recommend(path: Path, size_bytes: int, json: bool) -> None:
     if json:
         print_json({"budget_bytes": size_bytes, "answers": [answer.to_json() for answer in found]})
         return
-    show_recommendation(found, size_bytes, selection)
+    show_recommendation(found, size_bytes)
 
 
 def _plain(row: Any) -> dict[str, Any]:

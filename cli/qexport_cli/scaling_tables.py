@@ -70,38 +70,33 @@ def show_result(selection: Selection, found: Sequence[Finding]) -> None:
     print_line()
 
 
-def show_recommendation(answers: Sequence[Answer], size_bytes: int, selection: Selection) -> None:
-    """The best of each series within the budget, and what comes next."""
+def show_recommendation(answers: Sequence[Answer], size_bytes: int) -> None:
+    """The best of each series within the budget, whether the next is worse, and the commands that make them."""
     columns = (
         Column("series"), Column("model"), Column("format"), Column("method"), Column("size", right=True),
-        Column("judged by", wide_only=True), Column("quality", right=True), Column("95 %", right=True),
-        Column("better than the next"),
+        Column("quality", right=True), Column("95 %", right=True),
     )  # fmt: skip
     rows: list[tuple[Any, ...]] = []
     for answer in answers:
-        row = answer.row
-        if row is None:
-            rows.append((answer.series, None, None, None, size(answer.least_bytes), None, None, None, answer.words))
+        run = answer.row.run if answer.row else None
+        if run is None:
+            rows.append((answer.series, *[None] * 6))
             continue
-        low, high = answer.interval
+        interval = "–".join(str(figure(end)) for end in answer.interval)
         rows.append(
-            (
-                answer.series,
-                row.run.model,
-                row.run.number_format,
-                row.run.method,
-                size(answer.size_bytes),
-                answer.figure,
-                figure(answer.value),
-                f"{figure(low)}–{figure(high)}",
-                answer.words,
-            )
-        )
+            (answer.series, run.model, run.number_format, run.method, size(answer.size_bytes), figure(answer.value),
+             interval)
+        )  # fmt: skip
     print_table(columns, rows, f"Within {size(size_bytes)} of weights, decoder not counted")
+    print_line()
+    for answer in answers:
+        if answer.row is None:
+            _wrapped(f"{answer.series}: {answer.words} {size(answer.least_bytes)}")
+        else:
+            _wrapped(f"{answer.series}, by {answer.figure}: better than the next? {answer.words}")
     for answer in answers:
         if answer.command:
             print_line(answer.command)
-    del selection
 
 
 def _wrapped(text: str, style: str = "") -> None:

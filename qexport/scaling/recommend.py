@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from qexport.formats import get_format
+from qexport.request import DEFAULT_METHOD
 from qexport.scaling.figures import FD, FIGURES, draws, interval, label_of, resampled
-from qexport.scaling.grid import FULL, TOPKLD, Run
+from qexport.scaling.grid import FULL, NO_METHOD, Run
 from qexport.scaling.select import Selection
 from qexport.scaling.store import Row
 
@@ -19,7 +20,7 @@ from qexport.scaling.store import Row
 class Answer:
     """Of one series: the best row and how it is judged, or nothing and the least size there is.
 
-    `words` says whether the next best is worse for certain.
+    `words` says whether the next best is worse for certain, or why there is no answer.
     """
 
     series: str
@@ -71,16 +72,16 @@ def _of_series(selection: Selection, series: str, size_bytes: int) -> Answer:
         return Answer(series, None, name or "", 0.0, (0.0, 0.0), 0.0, least, words, "")
 
     if not fitting:
-        return nothing("nothing fits; the size is that of the smallest")
+        return nothing("nothing fits; the smallest takes")
     if name is None:
-        return nothing("no figure compares sizes; sweep with --images or --fd")
+        return nothing("no figure compares sizes (sweep with --images or --fd); the smallest takes")
     ranked = sorted(fitting, key=lambda row: row.measured.figures[name]["value"])
     best = ranked[0]
     found = best.measured.figures[name]
     words = "the only one that fits" if len(ranked) == 1 else _against(name, best, ranked[1])
     low, high = found["ci95"]
     return Answer(
-        series, best, label_of(name), found["value"], (low, high), sizes[best.key], least, words, command_for(best.run)
+        series, best, label_of(name), found["value"], (low, high), sizes[best.key], least, words, command_for(best)
     )
 
 
@@ -114,15 +115,15 @@ def _exportable(run: Run) -> bool:
     return run.number_format == FULL or get_format(run.number_format).exportable
 
 
-def command_for(run: Run) -> str:
+def command_for(row: Row) -> str:
     """The command that makes this bundle."""
+    run = row.run
     parts = [f"qexport quantize --model {run.model} --wbits {run.bits}"]
-    if run.number_format == FULL:
-        return parts[0]
-    if run.kind == "fp":
+    if run.kind == "fp" and run.number_format != FULL:
         parts.append("--format fp8")
-    if run.method not in ("rtn", TOPKLD):
+    if run.trained:
+        training = row.settings["training"]
+        parts.append(f"--method {training['start_method']} --topkld --steps {training['settings']['steps']}")
+    elif run.method not in (NO_METHOD, DEFAULT_METHOD.name):
         parts.append(f"--method {run.method}")
-    if run.method == TOPKLD:
-        parts.append("--method gptq --topkld")
     return " ".join(parts)
