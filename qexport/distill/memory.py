@@ -18,7 +18,7 @@ from qexport.distill.tasks import Batch
 from qexport.errors import InputError
 
 _BYTES = 4
-_PER_WEIGHT = 4  # gradient, two moments, rounded weight
+_PER_WEIGHT = 4  # gradient, two moments; and the rounded weight, which every process has
 _OUTPUTS = 4
 
 _MARGIN = 1.1
@@ -42,13 +42,18 @@ def saved_bytes(call: Callable[[], Tensor]) -> tuple[int, int]:
     return sum(seen.values()), result.numel() * result.element_size()
 
 
-def estimate_bytes(student: nn.Module, batch: Batch, size: int, averaged: bool) -> int:
-    """Bytes that training will take beyond what is held already; `batch` is one sample, `size` that of a batch."""
+def estimate_bytes(student: nn.Module, batch: Batch, size: int, averaged: bool, parts: int = 1) -> int:
+    """Bytes that training will take beyond what is held already.
+
+    `batch` is one sample, `size` that of a batch; of `parts` processes each keeps its part of what is trained.
+    """
     kept, output = saved_bytes(lambda: student(*batch))
     weights = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     shared = weights * _BYTES  # the rounded weights are among what is kept, and do not grow with the batch
     per_sample = max(kept - shared, 0) + _OUTPUTS * output
-    return int(_MARGIN * (weights * _BYTES * (_PER_WEIGHT + averaged) + size * per_sample))
+    kept_by_all = weights * _BYTES
+    divided = weights * _BYTES * (_PER_WEIGHT - 1 + averaged) // parts
+    return int(_MARGIN * (kept_by_all + divided + size * per_sample))
 
 
 def available_bytes() -> int | None:

@@ -1,16 +1,23 @@
-"""Several processes, by PyTorch's own means: ``torchrun`` starts them, DistributedDataParallel adds the gradients up.
+"""Several processes, by PyTorch's own means: ``torchrun`` starts them, each takes its share of each batch.
 
-Every process has the whole model and takes its share of each batch. Whatever decides the course of training (the loss,
-the norm of the gradient, the figure on held-out samples) is reduced over all first, so that all decide alike; numbers
-differ from those of one process only by the order of additions. The first process alone writes.
+Every process has the whole model, and DistributedDataParallel adds the gradients up; or (`divide`) each keeps a part
+of the rows of every latent weight, of its scales, gradients and moments, and FSDP2's `fully_shard` gathers a layer
+where it is rounded and hands out the parts of its gradient. The teacher and the rounded weights are whole in each.
+
+Whatever decides the course of training (the loss, the norm of the gradient, the figure on held-out samples) is reduced
+over all first, so that all decide alike; numbers differ from those of one process only by the order of additions. The
+first process alone writes.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -43,8 +50,72 @@ def world() -> int:
 
 
 def parallel(module: nn.Module) -> nn.Module:
-    """The module, with gradients averaged over all processes."""
-    return DistributedDataParallel(module) if world() > 1 else module
+    """The module, with gradients averaged over all processes; one whose parts were divided does so for these itself."""
+    divided = any(_is_part(parameter) for parameter in module.parameters())
+    return DistributedDataParallel(module) if world() > 1 and not divided else module
+
+
+def divide(modules: Iterable[nn.Module]) -> None:
+    """Divide the parameters of each module among the processes, by rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (world(),))
+    for module in modules:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)  # each is a root, which would else stay whole
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process may have a part; all of them must ask."""
+    shared: Any = tensor
+    return shared.full_tensor() if _is_part(tensor) else tensor
+
+
+def part(full: Tensor, like: Tensor) -> Tensor:
+    """What of a tensor belongs to this process, as it does of `like`."""
+    if not _is_part(like):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    shared: Any = like
+    return distribute_tensor(full, shared.device_mesh, shared.placements, src_data_rank=None)
+
+
+def set_part(tensor: Tensor, full: Tensor) -> None:
+    """Overwrite this process's part, or the whole, with that of `full`."""
+    tensor.copy_(part(full, tensor))
+
+
+def clip(parameters: Sequence[Tensor], greatest: float) -> float:
+    """Scale the gradients down to a norm of at most `greatest`; the norm before, over all processes."""
+    if not any(map(_is_part, parameters)):
+        return float(nn.utils.clip_grad_norm_(parameters, greatest))
+    parts, replicated = [], []
+    for parameter in parameters:
+        gradient: Any = parameter.grad
+        if gradient is not None and _is_part(gradient):
+            parts.append(gradient.to_local())
+        elif gradient is not None:
+            dist.all_reduce(gradient)  # what is too small to be divided is not averaged by fully_shard
+            replicated.append(gradient.div_(world()))
+    squares = summed(_square(parts)) + _square(replicated)
+    norm = math.sqrt(float(squares))
+    for gradient in (*parts, *replicated):
+        gradient.mul_(min(1.0, greatest / (norm + _NORM_FLOOR)))
+    return norm
+
+
+_NORM_FLOOR = 1e-6
+"""As in `torch.nn.utils.clip_grad_norm_`: no division by zero."""
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether it is a `DTensor`; the class is not asked for, because importing it takes as long as torch itself."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _square(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([torch.zeros((), dtype=torch.float64), *(t.double().square().sum() for t in tensors)]).sum()
 
 
 def share(batch: Batch) -> Batch:

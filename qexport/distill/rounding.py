@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qexport.distill import processes
 from qexport.formats import SCALE_DTYPE, NumberFormat
 from qexport.reference.fake_quant import fake_quantise, round_to
 from qexport.scheme import PerToken
@@ -56,7 +57,9 @@ class _RoundedWeight(torch.autograd.Function):
         ctx.number_format = number_format
         scale = stored_scale(scale_RG)[..., None]
         codes = round_to(w_OI.reshape(*scale_RG.shape, -1) / scale, number_format)
-        return (codes * scale).reshape(w_OI.shape)
+        rounded_OI = torch.empty_like(w_OI, memory_format=torch.contiguous_format)
+        torch.mul(codes, scale, out=rounded_OI.view(codes.shape))  # no view is returned: fully_shard wants none
+        return rounded_OI
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -77,6 +80,24 @@ def rounded_weight(w_OI: Tensor, scale_RG: Tensor, number_format: NumberFormat) 
     result = _RoundedWeight.apply(w_OI, scale_RG, number_format)
     assert isinstance(result, Tensor)
     return result
+
+
+class Rounder(nn.Module):
+    """The latent weight and the scales of one layer; called, it gives the rounded weight.
+
+    A module of its own, so that it can be divided among processes: `fully_shard` gathers a module's parameters around
+    its call, and around its part of the backward pass.
+    """
+
+    def __init__(self, latent_OI: nn.Parameter, scale_RG: nn.Parameter, number_format: NumberFormat) -> None:
+        """Take the parameters, and the format of the codes."""
+        super().__init__()
+        self.latent, self.scale = latent_OI, scale_RG
+        self._format = number_format
+
+    def forward(self) -> Tensor:
+        """ŵ (O, I)."""
+        return rounded_weight(self.latent, self.scale, self._format)
 
 
 class _RoundedActivation(torch.autograd.Function):
@@ -100,7 +121,7 @@ class _RoundedActivation(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             codes = round_to(v, number_format, activation.zero_point) - activation.zero_point
             spread = gradients[0] * (codes - v * inside)
-            by_scale = _sum_to(spread, scale.shape) * _lsq_factor(x.numel() // scale.numel(), number_format)
+            by_scale = _sum_to(spread, scale.shape) * _lsq_factor(_shared(x, scale), number_format)
         return gradients[0] * inside, by_scale, None
 
 
@@ -114,6 +135,12 @@ def rounded_activation(x: Tensor, activation: Activation, scale: Tensor | None) 
     result = _RoundedActivation.apply(x, held, activation)
     assert isinstance(result, Tensor)
     return result
+
+
+def _shared(x: Tensor, scale: Tensor) -> int:
+    """How many numbers of the whole batch share a scale, of which this process may have a part."""
+    by_sample = scale.ndim == x.ndim and scale.shape[0] == x.shape[0]
+    return x.numel() // scale.numel() * (1 if by_sample else processes.world())
 
 
 def _sum_to(values: Tensor, shape: torch.Size) -> Tensor:

@@ -97,7 +97,8 @@ def distill(
         )  # fmt: skip
         share = settings.batch // processes.world()
         one = next(held.batches(1))
-        require_memory(estimate_bytes(student, one, share, settings.ema > 0), processes.world())
+        parts = processes.world() if settings.sharded else 1
+        require_memory(estimate_bytes(student, one, share, settings.ema > 0, parts), processes.world())
         trainer = Trainer(student, task.predictor(generator), task, (trained_on, held), settings, checkpoints)
         trained = trainer.run(progress, resumed)
     found = replace(

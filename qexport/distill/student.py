@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qexport.distill.rounding import rounded_activation, rounded_weight, stored_scale
+from qexport.distill import processes
+from qexport.distill.rounding import Rounder, rounded_activation, stored_scale
 from qexport.errors import InputError
 from qexport.family import Generator
 from qexport.numerics.affine import quantize_full
@@ -98,16 +99,21 @@ class Student(nn.Module):
         self.specs = tuple(start.spec for start in starts.values())
         weights = layer_parameters(self._generator, self.layers)
         originals = layer_parameters(generator, self.layers)
-        scales, activations = [], []
+        scales, activations = {}, []
         for layer, start in starts.items():
             latent = _latent(originals[layer].detach(), start)
             with torch.no_grad():
                 weights[layer].copy_(latent)
-            scales.append(nn.Parameter(torch.from_numpy(start.scales.astype(np.float32)), requires_grad=learn_scales))
+            held = torch.tensor(start.scales.astype(np.float32))
+            scales[layer] = nn.Parameter(held, requires_grad=learn_scales)
         for parameter in _parameters(self._generator):
             parameter.requires_grad_(False)
-        self.latents = nn.ParameterList(weights[layer].requires_grad_(True) for layer in self.layers)
-        self.scales = nn.ParameterList(scales)
+        for layer in self.layers:
+            weights[layer].requires_grad_(True)
+        self._weights = [weights[layer] for layer in self.layers]  # what F.linear is given; not parameters of this
+        self.rounders = nn.ModuleList(
+            Rounder(weights[layer], scales[layer], start.spec.format) for layer, start in starts.items()
+        )
         self._activations = {
             layer: solution.activations[layer] for layer in self.layers if layer in solution.activations
         }
@@ -119,6 +125,26 @@ class Student(nn.Module):
         self.activation_scales = nn.ParameterList(activations)
         self._predict, self._place_steps = predict(self._generator), place_steps
         self._current: Overlay | None = None
+
+    @property
+    def latents(self) -> list[nn.Parameter]:
+        """Of each layer; of several processes' divided student the own parts, as `DTensor`."""
+        return [rounder.latent for rounder in self._rounders]
+
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        """Of each layer, likewise."""
+        return [rounder.scale for rounder in self._rounders]
+
+    @property
+    def _rounders(self) -> list[Rounder]:
+        return [rounder for rounder in self.rounders if isinstance(rounder, Rounder)]
+
+    def divide(self) -> None:
+        """Leave each process a part of what is trained; the model's own weights, which nothing reads, are let go."""
+        processes.divide(self._rounders)
+        for weight in self._weights:
+            weight.requires_grad_(False).data = torch.empty(0)
 
     @property
     def activations(self) -> dict[str, Activation]:
@@ -136,7 +162,7 @@ class Student(nn.Module):
         with self._current as overlay:
             result = self._predict(*batch)
         if len(overlay.seen) < len(self.layers):
-            unseen = next(n for n, w in zip(self.layers, self.latents, strict=True) if id(w) not in overlay.seen)
+            unseen = next(n for n, w in zip(self.layers, self._weights, strict=True) if id(w) not in overlay.seen)
             raise InputError(f"layer {unseen!r} was never reached; no F.linear was given its weight as it is")
         return result
 
@@ -146,8 +172,11 @@ class Student(nn.Module):
         return self._current.again()
 
     def state(self) -> dict[str, Tensor]:
-        """What is trained, in no more than this: the rest of the model is not part of a checkpoint."""
-        return {name: value.detach() for name, value in self.named_parameters()}
+        """What is trained, in no more than this: the rest of the model is not part of a checkpoint.
+
+        All processes of a divided student must ask.
+        """
+        return {name: processes.whole(value.detach()) for name, value in self.named_parameters()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -160,18 +189,15 @@ class Student(nn.Module):
         if {name: value.shape for name, value in mine.items()} != {name: value.shape for name, value in state.items()}:
             raise InputError("the checkpoint is of another student; delete it to start again")
         for name, value in mine.items():
-            value.copy_(state[name])
+            processes.set_part(value, state[name])
 
     def overlay(self, batch: tuple[Tensor, ...]) -> Overlay:
         """The mode under which the copy computes as the quantised model."""
-        weights = {
-            id(latent): rounded_weight(latent, scale, spec.format)
-            for latent, scale, spec in zip(self.latents, self.scales, self.specs, strict=True)
-        }
+        weights = {id(weight): rounder() for weight, rounder in zip(self._weights, self._rounders, strict=True)}
         by_layer = dict(zip(self._scaled, self.activation_scales, strict=True))
         inputs = {
-            id(latent): self._rounding(self._activations[layer], by_layer.get(layer), batch)
-            for layer, latent in zip(self.layers, self.latents, strict=True)
+            id(weight): self._rounding(self._activations[layer], by_layer.get(layer), batch)
+            for layer, weight in zip(self.layers, self._weights, strict=True)
             if layer in self._activations
         }
         return Overlay(weights, inputs)
@@ -191,15 +217,16 @@ class Student(nn.Module):
     def finish(self) -> tuple[dict[str, QuantizedTensor], dict[str, Activation]]:
         """Codes and scales of every layer, and its activation where it has one: what the forward pass computes with.
 
+        All processes of a divided student must ask.
+
         Raises:
             InputError: a weight is not finite.
         """
         weights = {}
         for layer, latent, scale, spec in zip(self.layers, self.latents, self.scales, self.specs, strict=True):
-            stored = stored_scale(scale).cpu().numpy().astype(np.float16)
-            weights[layer] = QuantizedTensor(
-                quantize_full(latent.cpu().numpy(), stored, spec, name=layer), stored, spec
-            )
+            stored = stored_scale(processes.whole(scale)).cpu().numpy().astype(np.float16)
+            codes = quantize_full(processes.whole(latent).cpu().numpy(), stored, spec, name=layer)
+            weights[layer] = QuantizedTensor(codes, stored, spec)
         activations = dict(self._activations)
         for layer, scale in zip(self._scaled, self.activation_scales, strict=True):
             found = activations[layer]

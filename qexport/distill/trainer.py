@@ -76,6 +76,8 @@ class Trainer:
         self._student, self._teacher, self._task = student, teacher, task
         self._data, self._held = data
         self._settings, self._checkpoints = settings, checkpoints
+        if settings.sharded and processes.world() > 1:
+            student.divide()
         self._trained = [p for p in student.parameters() if p.requires_grad]
         self._optimiser = torch.optim.AdamW(_groups(student, settings), lr=1.0, weight_decay=0.0)
         self._rates = [group["lr"] for group in self._optimiser.param_groups]
@@ -125,7 +127,7 @@ class Trainer:
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
         value = processes.mean(loss)
-        norm = float(nn.utils.clip_grad_norm_(self._trained, settings.clip or math.inf))
+        norm = processes.clip(self._trained, settings.clip or math.inf)
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise InputError(self._diverged(value, norm))
         for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
@@ -145,10 +147,13 @@ class Trainer:
         if self._average is not None:
             self._average.swap()
         total = torch.zeros(2, dtype=torch.float64)
-        for number, batch in enumerate(self._held.batches(JUDGE_BATCH)):
-            if number % processes.world() == processes.rank():
-                with self._precision():
-                    total += self._task.judge(self._teacher(*batch), self._student(*batch))
+        batches = list(self._held.batches(JUDGE_BATCH))
+        for first in range(0, len(batches), processes.world()):
+            number = first + processes.rank()
+            batch = batches[min(number, len(batches) - 1)]  # a divided student computes only if all processes ask it
+            with self._precision():
+                found = self._task.judge(self._teacher(*batch), self._student(*batch))
+            total += found if number < len(batches) else 0
         errors, count = processes.summed(total).tolist()
         self.history.judged.append((self._step, errors / count))
         if self.history.best[0] == self._step:
@@ -172,15 +177,15 @@ class Trainer:
         return f"distillation: {what} at step {self._step + 1}; lower the rate (lr {self._settings.lr}){kept}"
 
     def _save(self) -> None:
-        if self._checkpoints is None or not processes.is_first():
+        if self._checkpoints is None:
             return
         assert self._best is not None
         weights, activations = self._best
         state: dict[str, Any] = {
             "step": self._step,
             "student": self._student.state(),
-            "optimiser": self._optimiser.state_dict(),
-            "average": self._average.values if self._average is not None else [],
+            "optimiser": _gathered(self._optimiser.state_dict()),
+            "average": [processes.whole(value) for value in self._average.values] if self._average is not None else [],
             "losses": self.history.losses,
             "judged": self.history.judged,
             "codes": [torch.from_numpy(found.codes) for found in weights.values()],
@@ -189,7 +194,8 @@ class Trainer:
                 torch.from_numpy(found.scale) for found in activations.values() if found.scale is not None
             ],
         }
-        self._checkpoints.save(CHECKPOINT, state)
+        if processes.is_first():
+            self._checkpoints.save(CHECKPOINT, state)
 
     def _restore(self) -> None:
         state = self._checkpoints.load(CHECKPOINT) if self._checkpoints is not None else None
@@ -197,9 +203,11 @@ class Trainer:
             return
         student = self._student
         student.restore(state["student"])
-        self._optimiser.load_state_dict(state["optimiser"])
+        self._optimiser.load_state_dict(_divided(state["optimiser"], self._optimiser))
         if self._average is not None:
-            self._average.values = state["average"]
+            self._average.values = [
+                processes.part(value, like) for value, like in zip(state["average"], self._trained, strict=True)
+            ]
         self.history = History(list(state["losses"]), [(int(step), float(value)) for step, value in state["judged"]])
         self._step = int(state["step"])
         weights = {
@@ -219,12 +227,12 @@ class Trainer:
 def _groups(student: Student, settings: DistillSettings) -> list[dict[str, Any]]:
     """One group for each tensor: its rate is relative to its own root mean square."""
     rates = [(student.latents, settings.lr), (student.scales, settings.scale_lr)]
-    rates.append((student.activation_scales, settings.scale_lr))
+    rates.append((list(student.activation_scales), settings.scale_lr))
     groups = []
     for tensors, rate in rates:
         for tensor in tensors:
             if tensor.requires_grad:
-                rms = float(tensor.detach().square().mean().sqrt())
+                rms = float(processes.whole(tensor.detach()).square().mean().sqrt())
                 groups.append({"params": [tensor], "lr": rate * rms})
     return groups
 
@@ -233,3 +241,24 @@ def _blocks(student: Student) -> list[nn.Module]:
     """The modules of the trained graph that repeat: what is worth computing twice."""
     graph = student.generator.graph(trained_graph(student.generator))
     return [module for part in graph.all_parts if len(part.modules) > 1 for module in part.modules]
+
+
+def _gathered(state: dict[str, Any]) -> dict[str, Any]:
+    """The optimiser's state with all of each moment, of which each process may have a part."""
+    moments = {
+        number: {name: processes.whole(value) if isinstance(value, Tensor) else value for name, value in own.items()}
+        for number, own in state["state"].items()
+    }
+    return {**state, "state": moments}
+
+
+def _divided(state: dict[str, Any], optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    """The other way round; a count of steps, which has no axes, is everybody's."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    moments = {
+        number: {
+            name: processes.part(value, parameters[number]) if value.ndim else value for name, value in own.items()
+        }
+        for number, own in state["state"].items()
+    }
+    return {**state, "state": moments}

@@ -16,24 +16,64 @@ from qexport.errors import InputError
 
 SCRIPT = """
 import json, os, sys
+from dataclasses import replace
 from pathlib import Path
+import numpy as np
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
-from qexport.distill import Distillation, DistillSettings, distill
-from qexport.solution import Solution
+from qexport.distill import Distillation, DistillSettings, distill, process_group
+from qexport.formats import get_format
+from qexport.recipe import Recipe
+from qexport.scheme import ActivationSpec, Static
+from qexport.solution import Activation, Solution
 from tiny_var import tiny_var, tiny_recipe
+
 generator = tiny_var()
-settings = DistillSettings(Distillation("forward"), steps=8, batch=16, samples=48, held_out=16, evaluate_every=4)
-found = distill(generator, tiny_recipe(generator), Solution(), settings, work=Path(sys.argv[1]) / "work")
-codes = {name: weight.codes.tolist() for name, weight in found.solution.weights.items()}
-path = Path(sys.argv[1]) / f"rank{os.environ['RANK']}.json"
-path.write_text(json.dumps({"losses": found.report["losses"], "judged": found.report["judged"], "codes": codes}))
+recipe = tiny_recipe(generator)
+plain = DistillSettings(Distillation("forward"), steps=8, batch=16, samples=48, held_out=16, evaluate_every=4)
+averaged = replace(plain, ema=0.5, checkpoint_every=3)
+spec = ActivationSpec(get_format("int8"), Static())
+inputs = {layer: Activation(spec, np.array(0.05, np.float32)) for layer in generator.layers if "blocks." in layer}
+rules = tuple(replace(rule, activation=spec) for rule in recipe.rules)
+rounded = Recipe("w2a8", rules), Solution(activations=inputs)
+folder, found = Path(sys.argv[1]), {}
+
+class Killed(Exception):
+    pass
+
+def kill(step, *rest):
+    if step == 5:
+        raise Killed
+
+def run(name, settings, recipe=recipe, solution=Solution(), progress=None):
+    trained = distill(generator, recipe, solution, settings, work=folder / name, progress=progress)
+    codes = {name: weight.codes.tolist() for name, weight in trained.solution.weights.items()}
+    scales = [float(one.scale) for one in trained.solution.activations.values()]
+    found[name] = {"losses": trained.report["losses"], "judged": trained.report["judged"], "codes": codes, "in": scales}
+
+with process_group():
+    run("plain", plain)
+    run("rounded", plain, *rounded)
+    if os.environ["WORLD_SIZE"] == "2":
+        run("sharded", replace(plain, sharded=True))
+        run("sharded rounded", replace(plain, sharded=True), *rounded)
+        run("sharded averaged", replace(averaged, sharded=True))
+        try:
+            run("cut", replace(averaged, sharded=True), progress=kill)
+        except Killed:
+            run("cut", replace(averaged, sharded=True))
+    else:
+        run("averaged", averaged)
+(folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
 """
 
 ORDER_OF_ADDITIONS = 1e-4
 """Relative. Gradients of halves of a batch add up to 1e-7 of the whole's; eight steps of Adam, whose moments start at
 those gradients, carry that on, and a code here and there may round the other way: one of 10⁵ moves the loss by 1e-5."""
+
+FLIPPED_INPUTS = 2e-3
+"""Relative, with inputs of layers rounded: a difference of 1e-7 flips a code, 1/256 of an input's range."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +94,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
 
 @pytest.mark.slow
 def test_two_processes_have_the_loss_curve_of_one(runs: dict[int, list[dict]]) -> None:
-    (alone,), (first, second) = runs[1], runs[2]
+    (alone,), (first, second) = ([of["plain"] for of in runs[count]] for count in (1, 2))
     assert first == second
     assert len(alone["losses"]) == 8
     assert alone["losses"][-1] < 0.7 * alone["losses"][0]
@@ -62,6 +102,36 @@ def test_two_processes_have_the_loss_curve_of_one(runs: dict[int, list[dict]]) -
         torch.tensor(first["losses"]), torch.tensor(alone["losses"]), rtol=ORDER_OF_ADDITIONS, atol=0
     )
     assert first["judged"][0][1] == pytest.approx(alone["judged"][0][1], rel=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("divided", "one", "tolerance"),
+    [
+        ("sharded", "plain", ORDER_OF_ADDITIONS),
+        ("sharded averaged", "averaged", ORDER_OF_ADDITIONS),
+        ("rounded", "rounded", FLIPPED_INPUTS),
+        ("sharded rounded", "rounded", FLIPPED_INPUTS),
+    ],
+)
+def test_a_student_in_parts_has_the_loss_curve_of_one(
+    runs: dict[int, list[dict]], divided: str, one: str, tolerance: float
+) -> None:
+    (alone,), (first, second) = runs[1], runs[2]
+    assert first[divided] == second[divided]
+    for name in ("losses", "judged"):
+        torch.testing.assert_close(
+            torch.tensor(first[divided][name]), torch.tensor(alone[one][name]), rtol=tolerance, atol=0
+        )
+    torch.testing.assert_close(
+        torch.tensor(first[divided]["in"]), torch.tensor(alone[one]["in"]), rtol=FLIPPED_INPUTS, atol=0
+    )
+
+
+@pytest.mark.slow
+def test_a_student_in_parts_goes_on_after_being_killed(runs: dict[int, list[dict]]) -> None:
+    for rank in runs[2]:
+        assert rank["cut"] == rank["sharded averaged"]
 
 
 def test_alone_nothing_is_reduced() -> None:

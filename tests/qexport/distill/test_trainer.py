@@ -275,3 +275,22 @@ def test_weights_of_scales_count(tiny: Generator) -> None:
     for bad in ([1.0], [-1.0] * scales, [0.0] * scales):
         with pytest.raises(InputError, match="scale weights"):
             TokenTask(tiny, Distillation("forward"), bad)
+
+
+def test_a_teacher_of_another_model_is_said(dit: Generator) -> None:
+    from qexport.distill.tasks import DenoiseTask
+
+    logits = torch.zeros(2, 14, 64), torch.zeros(2, 14, 65)
+    with pytest.raises(InputError, match=r"\(2, 14, 64\) and \(2, 14, 65\).*they are not the same model"):
+        Distillation("forward")(*logits, torch.zeros(2, 14, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"\(2, 8, 4, 4\) and \(2, 4, 4, 4\); they are not the same model"):
+        DenoiseTask(dit).loss(torch.zeros(2, 8, 4, 4), torch.zeros(2, 4, 4, 4), ())
+
+
+def test_a_family_that_turns_gradients_off_is_said(
+    tiny: Generator, tiny_w2: Recipe, drawn: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(tiny.quality)
+    monkeypatch.setattr(kind, "teacher_forced_logits", torch.no_grad()(kind.teacher_forced_logits))  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="no gradient passes through the model; its family must not turn them off"):
+        distill(tiny, tiny_w2, Solution(), SETTINGS, data=drawn)
