@@ -139,7 +139,7 @@ def bench(
         print_json(report.to_json())
     else:
         _show(report)
-    failed = [row for row in report.rows if row.failed and not row.contender.reference]
+    failed = [row for row in report.rows if row.failed and not row.contender.optional]
     if failed:
         raise typer.Exit(1)
 

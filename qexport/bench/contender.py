@@ -35,8 +35,8 @@ class Contender:
     """One of them. The plan and its tables are those of `bundle`, whatever else runs the graphs.
 
     `files` are the graphs, `root` the folder that their external data is found from, `configs` the session options of
-    each; all are empty for torch, where `compiled` counts. `file_bytes` is what the graphs and their weights take on
-    disk, None for torch.
+    each; all are empty for torch, where `compiled` counts. `captured`: at fixed addresses, as CUDA graphs. `file_bytes`
+    is what the graphs and their weights take on disk, None for torch.
     """
 
     name: str
@@ -46,9 +46,15 @@ class Contender:
     configs: Mapping[str, SessionConfig] = field(default_factory=dict)
     file_bytes: int | None = None
     compiled: bool = False
+    captured: bool = False
     reference: bool = False
     checkpoint: str | None = None
     vae_checkpoint: str | None = None
+
+    @property
+    def optional(self) -> bool:
+        """Whether the run is good without it: references, and CUDA graphs, which not every graph can be."""
+        return self.reference or self.captured
 
     @property
     def torch(self) -> bool:

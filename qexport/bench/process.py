@@ -150,7 +150,14 @@ def _load(contender: Contender, settings: Settings) -> tuple[Any, int]:
             for name, file in contender.files.items()
         }
         device = next(iter(configs.values())).device
-        player = Player(bundle.plan, OrtBackend(sessions, device), bundle.tables())
+        if contender.captured:
+            from qexport.runtime.static_backend import StaticBackend, check_plan
+
+            check_plan(bundle.plan)
+            backend = StaticBackend(sessions, device, captured=device == "cuda")
+        else:
+            backend = OrtBackend(sessions, device)
+        player = Player(bundle.plan, backend, bundle.tables())
     return player if settings.schedule is None else player.with_schedule(settings.schedule), model.num_classes
 
 

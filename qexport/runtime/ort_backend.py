@@ -76,6 +76,16 @@ class OrtBackend:
 
         ONNX Runtime checks that shape and type of the output are those of the value.
         """
+        return self._run_bound(graph, feeds, outputs, shared, None)
+
+    def _run_bound(
+        self,
+        graph: str,
+        feeds: Mapping[str, OrtValue],
+        outputs: tuple[str, ...],
+        shared: Mapping[str, str],
+        options: onnxruntime.RunOptions | None,
+    ) -> dict[str, OrtValue]:
         session = self._sessions[graph]
         binding = session.io_binding()
         try:
@@ -86,16 +96,20 @@ class OrtBackend:
                     binding.bind_ortvalue_output(name, feeds[shared[name]])
                 else:
                     binding.bind_output(name, self._device, 0)
-            session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding, options)
             results = dict(zip(outputs, binding.get_outputs(), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
-            text = first_line(error)
-            if "allocate memory" in text or "out of memory" in text:
-                raise InputError(f"graph {graph!r}: out of memory; use a smaller batch ({text})") from error
-            version = onnxruntime.__version__
-            raise BundleError(f"graph {graph!r} failed in onnxruntime {version}: {text}") from error
+            raise failure(graph, error) from error
         # The binding returns a second handle on the same memory; only the first keeps alive what it was made from.
         return results | {name: feeds[port] for name, port in shared.items() if name in results}
+
+
+def failure(graph: str, error: Exception) -> InputError | BundleError:
+    """What to raise where a run failed: too little memory is the caller's to mend."""
+    text = first_line(error)
+    if "allocate memory" in text or "out of memory" in text:
+        return InputError(f"graph {graph!r}: out of memory; use a smaller batch ({text})")
+    return BundleError(f"graph {graph!r} failed in onnxruntime {onnxruntime.__version__}: {text}")
 
 
 def _port_types(graph: str, session: InferenceSession) -> dict[str, PortType]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 
 from qexport.targets.config import OptionSet, QuantTraits, SessionConfig
 from qexport.targets.fusion import Fusion, WeightUse, not_fused, weight_only
@@ -26,6 +27,14 @@ def session_config(options: OptionSet, traits: QuantTraits) -> SessionConfig:
         entries=entries,
         provider_options={"use_tf32": "0"} if options == "exact" else {},
     )
+
+
+def captured(config: SessionConfig) -> SessionConfig:
+    """The same with CUDA graphs on: for `qexport.runtime.static_backend`, which gives every shape an id of its own.
+
+    All nodes must be on CUDA and all addresses fixed; ONNX Runtime refuses the session where they are not.
+    """
+    return replace(config, provider_options={**config.provider_options, "enable_cuda_graph": "1"})
 
 
 def fused_form(use: WeightUse) -> Fusion:

@@ -54,6 +54,22 @@ def test_whole_images_have_rooflines(w4_bundle, tmp_path):
     assert not (path / "reports").exists()
 
 
+def test_fixed_addresses_take_part(w4_bundle):
+    """The contender that is a CUDA graph on CUDA; here its buffers are fixed and nothing is captured."""
+    config = session_config("cpu", "serve", QuantTraits(weight_only=frozenset({"int4"})))
+    files = w4_bundle.graph_files()
+    configs = dict.fromkeys(files, config)
+    one = Contender("captured", w4_bundle.path, w4_bundle.path, files, configs, captured=True)
+    racers = [Racer(one, Settings(threads=1))]
+    try:
+        turns = race(racers, 2, warm_up=1, runs=2)
+    finally:
+        stop_all(racers)
+    assert racers[0].failed is None
+    assert turns.spread("captured", "total").runs == 2
+    assert one.optional
+
+
 def test_an_altered_bundle_is_not_measured(w4_bundle, tmp_path):
     path = shutil.copytree(w4_bundle.path, tmp_path / "bundle")
     graph = path / "step.onnx"
