@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from qexport.verify.plots import COLOURS, GRID, INK, MUTED, STYLE
 _PANEL_INCHES = (4.2, 3.0)
 _DPI = 150
 _LEAST = 1e-9
-"""Zeros are drawn here on logarithmic axes."""
+"""Costs that are zero are drawn here: their axis is logarithmic."""
 
 Lines = Mapping[str, Sequence[float]]
 
@@ -63,7 +64,7 @@ def flips_figure(found: Mapping[str, Mapping[str, Any]]) -> Figure:
         for name, (style, _) in flipping.items():
             left.plot(kl, [row[name] for row in one["by_error"]], style, color=colour, linewidth=1.5)
         for name, (style, _) in handing.items():
-            rows = [max(row[name], _LEAST) for row in one["per_call"]]
+            rows = _positive([row[name] for row in one["per_call"]])
             right.plot(range(1, len(rows) + 1), rows, style, color=colour, linewidth=1.5)
     left.set_xscale("log")
     left.set_xlabel("KL before the draw, nats")
@@ -144,7 +145,7 @@ def _lines(
     axes: Axes, lines: Lines, x: str, y: str, colour: str | None = None, style: str = "-", log: bool = True
 ) -> None:
     for number, (name, values) in enumerate(lines.items()):
-        shown = [max(value, _LEAST) for value in values] if log else list(values)
+        shown = _positive(values) if log else list(values)
         own = colour or COLOURS[number % len(COLOURS)]
         marker = "o" if len(shown) < 12 else None
         axes.plot(
@@ -161,6 +162,11 @@ def _same_range(panels: Sequence[Axes]) -> None:
     low, high = zip(*(axes.get_ylim() for axes in panels), strict=True)
     for axes in panels:
         axes.set_ylim(min(low), max(high))
+
+
+def _positive(values: Sequence[float]) -> list[float]:
+    """Zeros have no place on a logarithmic axis: they are left out."""
+    return [value if value > 0 else math.nan for value in values]
 
 
 def _logarithmic(axes: Axes) -> None:
