@@ -17,8 +17,8 @@ the error of rounding to nearest, which is as good as white. So ‖E‖² ≤ (g
 Codes that were trained (`Manifest.training`) cannot be computed anew either, whatever algorithm they started from, and
 training may move a weight as far as it likes: nothing bounds its error. The first thing is asked of them as well, and
 instead of the second that they are codes of this weight at all: the correlation with the checkpoint's is at least
-`LEAST_CORRELATION_SIGMAS` times 1/√n, the standard deviation of that of two unrelated weights of n numbers. A thousand
-steps that take KL from 0.4 to 0.03 leave it at 0.8 and more; the codes of another layer have 0.00.
+`LEAST_CORRELATION_SIGMAS` times 1/√n, the standard deviation of that of two unrelated weights of n numbers. The
+least of any layer of var-c10-d2 at 2 bits after twenty steps is 0.87, from rounding to nearest 0.81; asked is 0.08.
 """
 
 from __future__ import annotations
