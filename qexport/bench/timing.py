@@ -68,7 +68,7 @@ class Turns:
         pairs = zip(self.seconds[base], self.seconds[name], strict=False)
         ratios = [ours[graph] and theirs[graph] / ours[graph] for theirs, ours in pairs]
         low, high = (float(value) for value in np.percentile(ratios, [25, 75]))
-        return Ratio(statistics.median(ratios), low, high)
+        return Ratio(statistics.median(ratios), low, high, len(ratios))
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,16 @@ class Ratio:
     median: float
     quarter: float
     three_quarters: float
+    turns: int
 
     @property
     def verdict(self) -> str:
-        """``"faster"``, ``"slower"``, or ``"as fast"`` where the middle half of the turns lies on both sides of 1."""
+        """``"faster"``, ``"slower"``, or ``"as fast"`` where the middle half of the turns lies on both sides of 1.
+
+        ``"too few turns"`` below `FEWEST_RUNS` of them.
+        """
+        if self.turns < FEWEST_RUNS:
+            return "too few turns"
         if self.quarter > 1:
             return "faster"
         return "slower" if self.three_quarters < 1 else "as fast"

@@ -126,5 +126,6 @@ def test_slower_is_said_in_words():
     noise = rng.uniform(-0.2, 0.2, 20)
     slower = made_up(list(12 + noise), list(10 - noise)).words()
     assert slower == ["w8a8 is slower than fp32 at batch 1: 12 ms, fp32 9.97 ms (0.83 times as fast)"]
+    assert made_up([12, 12], [10, 10]).words() == []  # two turns prove nothing
     assert made_up(list(8 + noise), list(10 + noise)).words() == []
     assert made_up(list(10 + noise), list(10 - noise)).words() == []  # on both sides of 1: nothing is claimed
