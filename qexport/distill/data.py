@@ -63,9 +63,13 @@ class Samples:
 
     def batch(self, step: int, size: int, seed: int) -> Batch:
         """The batch of a step: a permutation of all samples for each pass through them, cut into batches."""
-        positions = range(step * size, (step + 1) * size)
-        index = torch.tensor([int(self._order(p // len(self), seed)[p % len(self)]) for p in positions])
+        index = self.numbers(step, size, seed)
         return tuple(tensor[index] for tensor in self.tensors)
+
+    def numbers(self, step: int, size: int, seed: int) -> Tensor:
+        """Which samples the batch of a step holds, (size,) int64."""
+        positions = range(step * size, (step + 1) * size)
+        return torch.tensor([int(self._order(p // len(self), seed)[p % len(self)]) for p in positions])
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All samples in order."""

@@ -41,6 +41,7 @@ class DistillSettings:
         checkpoint_every: steps between checkpoints, where there is a place for them.
         seed: of the samples and of their order.
         recompute: compute the blocks again in the backward pass instead of keeping their activations.
+        cached: keep the teacher's outputs on disk and ask it once for each sample; four bytes for each of its numbers.
         sharded: of several processes, each keeps a part of latent weights, gradients and moments (FSDP2), instead of
             all of them (DistributedDataParallel).
         bf16: compute matrix products in bfloat16; weights, losses and the optimiser stay float32.
@@ -67,6 +68,7 @@ class DistillSettings:
     checkpoint_every: int = 50
     seed: int = 0
     recompute: bool = False
+    cached: bool = False
     sharded: bool = False
     bf16: bool = False
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qexport.distill import processes
 from qexport.distill.average import Average
+from qexport.distill.cached import CachedTeacher
 from qexport.distill.checkpoints import Checkpoints
 from qexport.distill.data import Samples
 from qexport.distill.recompute import recomputed
@@ -76,6 +77,11 @@ class Trainer:
         self._student, self._teacher, self._task = student, teacher, task
         self._data, self._held = data
         self._settings, self._checkpoints = settings, checkpoints
+        self._cached: CachedTeacher | None = None
+        if settings.cached:
+            if checkpoints is None:
+                raise InputError("distillation: a cached teacher needs a folder to keep its outputs in (work)")
+            self._cached = CachedTeacher(teacher, checkpoints.folder, len(self._data))
         if settings.sharded and processes.world() > 1:
             student.divide()
         self._trained = [p for p in student.parameters() if p.requires_grad]
@@ -119,7 +125,7 @@ class Trainer:
         batch = processes.share(self._data.batch(step, settings.batch, settings.seed))
         blocks = _blocks(self._student) if settings.recompute else []
         with self._precision(), recomputed(blocks, self._student.again):
-            teacher = self._teach(batch)
+            teacher = self._teach(batch, step)
             output = model(*batch)
         if not output.requires_grad:
             raise InputError("distillation: no gradient passes through the model; its family must not turn them off")
@@ -138,8 +144,13 @@ class Trainer:
         return value
 
     @torch.no_grad()
-    def _teach(self, batch: Batch) -> Tensor | None:
-        return self._teacher(*batch) if self._task.needs_teacher else None
+    def _teach(self, batch: Batch, step: int) -> Tensor | None:
+        if not self._task.needs_teacher:
+            return None
+        if self._cached is None:
+            return self._teacher(*batch)
+        numbers = self._data.numbers(step, self._settings.batch, self._settings.seed)
+        return self._cached(processes.share((numbers,))[0], batch)
 
     @torch.no_grad()
     def _judge(self) -> None:
