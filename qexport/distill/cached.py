@@ -1,8 +1,8 @@
 """The teacher's outputs kept on disk: asked once for each sample, read ever after.
 
 ``teacher.f32`` holds float32 (N, …), one row for each sample to train on, and ``teacher.done`` one byte for each: 1
-once its row is there. Both are memory-mapped and sparse, so that memory holds what is in use and a run that was killed goes
-on with what is there. A row is what the model gave when its sample was first met, bit for bit; asked live, another
+once its row is there. Both are memory-mapped and sparse, so that memory holds what is in use and a run that was killed
+goes on with what is there. A row is what the model gave when its sample was first met, bit for bit; asked live, another
 batch around a sample may change the last bits, where a matrix product's order of additions depends on the row's place
 (it does not on the processors that the tests ran on).
 """
