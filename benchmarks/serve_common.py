@@ -194,14 +194,15 @@ def summary(records: Sequence[Record], begin_s: float, end_s: float) -> dict[str
     """Rates and latencies of what came back between two moments (latencies of images only)."""
     inside = [r for r in records if begin_s <= r.at_s <= end_s]
     good = [r for r in inside if r.status == 200]
-    latencies_ms = sorted(r.latency_s * 1000 for r in good) or [float("nan")]
+    latencies_ms = sorted(r.latency_s * 1000 for r in good)
 
-    def share(part: float) -> float:
-        return round(latencies_ms[min(len(latencies_ms) - 1, int(part * len(latencies_ms)))], 1)
+    def share(part: float) -> float | None:
+        """None where there is no image; JSON has no NaN."""
+        return round(latencies_ms[min(len(good) - 1, int(part * len(good)))], 1) if good else None
 
     return {
         "seconds": round(end_s - begin_s, 1), "images_per_s": round(len(good) / (end_s - begin_s), 3),
-        "p50_ms": share(0.5), "p99_ms": share(0.99), "max_ms": round(latencies_ms[-1], 1),
+        "p50_ms": share(0.5), "p99_ms": share(0.99), "max_ms": share(1.0),
         "statuses": {str(k): n for k, n in sorted(Counter(r.status for r in inside).items())},
         "buckets": {str(k): n for k, n in sorted(Counter(r.bucket for r in good).items())},
         "checked_answers": len(good), "wrong_answers": sum(r.wrong for r in good),

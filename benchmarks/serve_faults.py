@@ -100,8 +100,9 @@ def outcome(one: Load, fault_s: float) -> dict[str, Any]:
     right_s = [fault_s, *(r.at_s for r in records if r.at_s > fault_s and r.status == 200 and not r.wrong)]
     found = summary(records, records[0].at_s, records[-1].at_s)
     kept = ("statuses", "checked_answers", "wrong_answers", "max_ms")
-    gap_s = max((b - a for a, b in itertools.pairwise(right_s)), default=float("inf"))
-    return {**{name: found[name] for name in kept}, "longest_gap_s": round(gap_s, 2)}
+    gaps_s = [b - a for a, b in itertools.pairwise(right_s)]
+    longest_s = round(max(gaps_s), 2) if gaps_s else None  # None: no right image came any more
+    return {**{name: found[name] for name in kept}, "longest_gap_s": longest_s}
 
 
 def ready_again(service: Service, count: int) -> Callable[[], bool]:

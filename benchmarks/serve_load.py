@@ -120,13 +120,13 @@ def table(result: dict[str, Any]) -> str:
     for row in rows:
         name = f"{row['concurrency']}" + (f", for {row['seconds']:.0f} s" if row["seconds"] > 100 else "")
         lines.append(
-            f"| {name} | {'yes' if row['batching'] else 'no'} | {row['images_per_s']:.2f} | {row['p50_ms']:.0f} "
-            f"| {row['p99_ms']:.0f} | {row['wrong_answers']} of {row['checked_answers']} |"
+            f"| {name} | {'yes' if row['batching'] else 'no'} | {row['images_per_s']:.2f} | {row['p50_ms']} "
+            f"| {row['p99_ms']} | {row['wrong_answers']} of {row['checked_answers']} |"
         )
     if soak:
         memory = soak["memory"]
         lines += ["", f"Soak: statuses {soak['statuses']}, deadline {result['deadline_s']:.0f} s."]
-        lines.append(f"Slowest answer: {soak['max_ms']:.0f} ms.")
+        lines.append(f"Slowest answer: {soak['max_ms']} ms.")
         if memory:
             grown = f"slope {memory['MB_per_hour']:+.1f} MB an hour"
             lines.append(f"Memory: {memory['first_MB']:.0f} MB to {memory['last_MB']:.0f} MB, {grown}.")
