@@ -42,7 +42,7 @@ def locate(entry: ModelEntry, file: str, given: str | None, option: str) -> Path
             return find_weights(given, "vae" if option == VAE_OPTION else "model")
         except CheckpointError as error:
             raise CheckpointError(f"{option} {error}") from error
-    if entry.bundled:
+    if entry.bundled or (BUNDLED / file).is_file():  # the decoder of a larger reference model is bundled too
         return BUNDLED / file
     path = checkpoint_folder() / file
     if path.is_file():

@@ -19,7 +19,7 @@ Shapes = Mapping[str, Shape]
 Config = Mapping[str, Any]
 
 VAR_NAMES: Mapping[int, tuple[str, frozenset[int]]] = {
-    155: ("var-c10-d{}", frozenset((2, 3, 4))),
+    155: ("var-c10-d{}", frozenset((2, 3, 4, 5))),
     680: ("var-d{}", frozenset((16, 20, 24, 30))),
     2240: ("var-d{}-512", frozenset((36,))),
 }

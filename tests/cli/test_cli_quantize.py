@@ -25,7 +25,7 @@ def leftovers(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--model", "var-c10-d5"], "did you mean 'var-c10-d4'"),
+        (["--model", "var-c10-d9"], "did you mean 'var-c10-d5'"),
         (["--model", MODEL, "--wbits", "5"], "--wbits 5 is not available"),
         (["--model", MODEL, "--abits", "5"], "--abits 5 is not available"),
         (["--model", MODEL, "--wbits", "16", "--abits", "8"], "--abits 8 needs quantised weights"),

@@ -68,12 +68,14 @@ def exported(request, vae, tmp_path_factory):
 def test_entries():
     names = [entry.name for entry in ENTRIES]
     sizes = [f"dit-{s}-{p}-{r}" for s in ("s", "b", "l", "xl") for p in (2, 4, 8) for r in (256, 512)]
-    assert sorted(names) == sorted([*sizes, "dit-c10-d2", "dit-c10-d3", "dit-c10-d4"])
+    assert sorted(names) == sorted([*sizes, "dit-c10-d2", "dit-c10-d3", "dit-c10-d4", "dit-c10-d5"])
     for name in names:
         family, entry = find_model(name)
         assert family is FAMILY
-        assert entry.image_size == (32 if entry.bundled else int(name.rpartition("-")[2]))
-        assert ("non-commercial" in entry.licence) is not entry.bundled
+        reference = name.startswith("dit-c10-")
+        assert entry.image_size == (32 if reference else int(name.rpartition("-")[2]))
+        assert ("non-commercial" in entry.licence) is not reference
+        assert entry.bundled is (reference and name != "dit-c10-d5")
     xl = find_model("dit-xl-2-512")[1]
     assert xl.files == ("DiT-XL-2-512x512.pt", "sd-vae-ft-ema/diffusion_pytorch_model.safetensors")
     assert xl.parameters == find_model("dit-xl-2-256")[1].parameters + 768 * 1152  # more positions
@@ -112,7 +114,7 @@ def test_plan_of(name, default):
     assert sum(p.numel() for p in parameters.values()) == entry.parameters
     assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in model.graph("decode").parameters())
     assert model.graph("decode").outputs[0].shape == ("batch", 3, entry.image_size, entry.image_size)
-    assert (model.features is not None) is entry.bundled
+    assert (model.features is not None) is entry.name.startswith("dit-c10-")
 
 
 def _shell(entry):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qexport.family import UNPUBLISHED, DenoiseSpec, Effort, Family, Generator, ModelEntry, random_entry
+from qexport.family import UNPUBLISHED, DenoiseSpec, Effort, Family, Generator, ModelEntry, random_entry, random_seed
 from qexport_models.autoencoder_kl.config import KLVAE_C10, SD_VAE
 from qexport_models.autoencoder_kl.decode import Decode
 from qexport_models.autoencoder_kl.load import build_autoencoder_kl
@@ -135,7 +135,7 @@ def assemble(entry: ModelEntry, dit: DiT, vae: AutoencoderKL, hashes: Mapping[st
         quality=None,
         tables=tables(),
         checkpoint_sha256=hashes,
-        features=Cifar10Features() if entry.bundled else None,
+        features=Cifar10Features() if config.num_classes == C10_CLASSES and random_seed(entry.source) is None else None,
         denoise=DenoiseSpec("denoise", DiTQuality(dit, vae), state=STATE_PORT, output=OUTPUT_PORT),
         effort=C10_EFFORT if config.num_classes == C10_CLASSES else EFFORT,
         folds=folds(config),
@@ -144,11 +144,13 @@ def assemble(entry: ModelEntry, dit: DiT, vae: AutoencoderKL, hashes: Mapping[st
 
 
 def _entry(name: str, config: DiTConfig) -> ModelEntry:
-    vae = KLVAE_C10 if name in BUNDLED else SD_VAE
+    reference = config.num_classes == C10_CLASSES
+    vae = KLVAE_C10 if reference else SD_VAE
     image_size = config.input_size * vae.downsampling
-    if name in BUNDLED:
+    if reference:
         files = (f"{name}.safetensors", "klvae-c10.safetensors")
-        source, licence = "trained for this project on CIFAR-10", "Apache-2.0"
+        trained = "trained for this project on CIFAR-10"
+        source, licence = trained if name in BUNDLED else f"{UNPUBLISHED} (docs/training.md)", "Apache-2.0"
     else:
         size = "-".join(name.split("-")[1:3]).upper()
         files = (f"DiT-{size}-{image_size}x{image_size}.pt", SD_VAE_FILE)
@@ -168,8 +170,6 @@ def _entry(name: str, config: DiTConfig) -> ModelEntry:
     )
 
 
-ENTRIES = tuple(
-    _entry(name, config) for name, config in CONFIGS.items() if name in BUNDLED or not name.startswith("dit-c10-")
-)
+ENTRIES = tuple(_entry(name, config) for name, config in CONFIGS.items())
 
 FAMILY = Family("dit", ENTRIES, load, recognise=recognise_dit, random=random)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qexport.family import DrawSpec, Effort, Family, Generator, ModelEntry, random_entry
+from qexport.family import UNPUBLISHED, DrawSpec, Effort, Family, Generator, ModelEntry, random_entry, random_seed
 from qexport_models.checkpoints import VAE_OPTION, companion, locate, read_state, sha256
 from qexport_models.featurenet import Cifar10Features
 from qexport_models.published import with_commits
@@ -25,6 +25,7 @@ from qexport_models.var.vqvae import VQVAE
 SCALES_32 = (1, 2, 3, 4, 5, 6, 8)
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+BUNDLED_DEPTHS = (2, 3, 4)
 BLOCK_LAYERS = ("attn.mat_qkv", "attn.proj", "ffn.fc1", "ffn.fc2", "ada_lin.1")
 OTHER_LAYERS = ("shared_ada_lin.1", "head_nm.ada_lin.1", "head", "word_embed")
 DEFAULT_LAYERS = ("blocks.*",)
@@ -111,7 +112,7 @@ def assemble(entry: ModelEntry, var: VAR, vae: VQVAE, hashes: dict[str, str]) ->
         quality=VARQuality(var, vae),
         tables=tables(config),
         checkpoint_sha256=hashes,
-        features=Cifar10Features() if entry.bundled else None,
+        features=Cifar10Features() if config.scales == SCALES_32 and random_seed(entry.source) is None else None,
         effort=Effort() if config.scales == SCALES_32 else EFFORT,
         folds=folds(config),
         steps=steps(config),
@@ -130,6 +131,10 @@ def _entry(depth: int, scales: tuple[int, ...], name: str, parameters: int) -> M
         if reference
         else VQVAEConfig(4096, 32, 160, (1, 1, 2, 2, 4), scales)
     )
+    bundled = reference and depth in BUNDLED_DEPTHS
+    source = "Hugging Face FoundationVision/var"
+    if reference:
+        source = "trained for this project on CIFAR-10" if bundled else f"{UNPUBLISHED} (docs/training.md)"
     return ModelEntry(
         name=name,
         family="var",
@@ -139,9 +144,9 @@ def _entry(depth: int, scales: tuple[int, ...], name: str, parameters: int) -> M
         files=(f"{name}.safetensors", "vqvae-c10.safetensors")
         if reference
         else (f"var_d{depth}.pth", "vae_ch160v4096z32.pth"),
-        source="trained for this project on CIFAR-10" if reference else "Hugging Face FoundationVision/var",
+        source=source,
         licence="Apache-2.0" if reference else "MIT",
-        bundled=reference,
+        bundled=bundled,
         config={"var": config, "vae": vae},
     )  # fmt: skip
 
@@ -155,6 +160,7 @@ ENTRIES = (
     _entry(24, SCALES_256, "var-d24", 1_033_399_360),
     _entry(30, SCALES_256, "var-d30", 2_010_020_356),
     _entry(36, SCALES_512, "var-d36-512", 2_353_893_904),
+    _entry(5, SCALES_32, "var-c10-d5", 10_824_921),  # its weights are not bundled
 )
 
 FAMILY = Family("var", ENTRIES, load, recognise=recognise_var, random=random)
