@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from qexport.scaling.curves import curves_of
 from qexport.scaling.findings import Finding, findings, laws_of
 from qexport.scaling.page import render
-from qexport.scaling.plots import plots_of, png_of, svg_of
+from qexport.scaling.plots import curve_plot, plots_of, png_of, svg_of
 from qexport.scaling.report import markdown
 from qexport.scaling.select import Selection
 from qexport.scaling.table import csv_text
 
 CSV, PAGE, PLOTS = "results.csv", "index.html", "plots"
+FURTHER_AXES = ("compute_bits", "matrix_bits")
+"""Quality is also drawn against these; what is said is said of total bits."""
 
 
 def write_results(selection: Selection, folder: Path, report: Path | None) -> tuple[list[Path], list[Finding]]:
@@ -24,6 +27,10 @@ def write_results(selection: Selection, folder: Path, report: Path | None) -> tu
     laws = laws_of(selection)
     found = findings(laws)
     drawn = plots_of(laws)
+    for series, law in laws.items():
+        for axis in FURTHER_AXES if law.quality else ():
+            curves = list(curves_of(selection, series, law.quality or "", axis).values())
+            drawn[f"{series}-{law.quality}-{axis}"] = curve_plot(curves, series, law.quality or "", axis)
     vectors = {name: svg_of(figure) for name, figure in drawn.items()}
     files = [_write(folder / CSV, csv_text(selection).encode())]
     for name, figure in drawn.items():

@@ -89,6 +89,7 @@ def test_results_are_written_from_a_store(run, store, tmp_path):
     plots = sorted(path.name for path in (tmp_path / "out" / "plots").iterdir())
     assert "var-c10-cross_entropy.svg" in plots
     assert "dit-c10-fd.png" in plots
+    assert "dit-c10-loss-compute_bits.svg" in plots
     page = (tmp_path / "out" / "index.html").read_text()
     for fetched in ('src="', "<link", "@import", "url(http"):
         assert fetched not in page
