@@ -118,6 +118,7 @@ def distill(
         "best_step": history.best[0],
         "judged": [list(entry) for entry in history.judged],
         "losses": history.losses,
+        "resumed_after": trainer.resumed_after,
         "wall_s": round(time.perf_counter() - start_s, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),

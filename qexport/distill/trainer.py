@@ -91,7 +91,7 @@ class Trainer:
         self._judged_by: list[Tensor] | None = None
         self.history = History()
         self._best: tuple[dict[str, QuantizedTensor], dict[str, Activation]] | None = None
-        self._step = 0
+        self._step = self.resumed_after = 0
 
     def run(self, progress: Progress | None = None, resumed: Callable[[int], None] | None = None) -> Trained:
         """Train from the last checkpoint, or from the start; `resumed` is told after how many steps it goes on.
@@ -101,6 +101,7 @@ class Trainer:
         """
         settings = self._settings
         self._restore()
+        self.resumed_after = self._step
         if self._step and resumed is not None:
             resumed(self._step)
         if not self.history.judged:

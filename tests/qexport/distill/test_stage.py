@@ -99,6 +99,7 @@ def test_killed_and_resumed_gives_the_same_bundle(quantize, tmp_path: Path) -> N
     resumed = quantize(out=tmp_path / "cut", note=notes.append)
     assert notes == [f"going on after step 2 of 6 ({tmp_path / '.cut.training'})"]
     assert resumed.manifest.digest == whole
+    assert json.loads((resumed.reports / "training.json").read_text())["resumed_after"] == 2  # wall_s is of the rest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
 
 
