@@ -46,7 +46,8 @@ def quantize(
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="rtn (default), mse, gptq, awq, smoothquant, smoothquant+gptq, awq+gptq, ternary; or auto: mixed.",
+            help="rtn (default; gptq with --topkld), mse, gptq, awq, smoothquant, smoothquant+gptq, awq+gptq, ternary; "
+            "or auto: mixed.",
         ),
     ] = None,
     target_bits: Annotated[

@@ -79,5 +79,5 @@ def require_memory(needed: int, processes: int = 1) -> None:
         many = f" in each of {processes} processes" if processes > 1 else ""
         raise InputError(
             f"distillation needs about {needed / 1e9:.1f} GB{many}, {available / 1e9:.1f} GB are free; "
-            "make the batch smaller or compute blocks twice (recompute)"
+            "make the batch smaller (--batch) or, from Python, compute blocks twice (recompute)"
         )
