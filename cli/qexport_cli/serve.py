@@ -37,7 +37,8 @@ def serve(
     drain: Annotated[float, typer.Option(metavar="S", help="Seconds that running requests get to finish.")] = 60,
     provider: ProviderOption = "auto",
     threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="CPU threads; one per core if left out.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="CPU threads; one per core if left out, with --workers their share."),
     ] = None,
     workers: Annotated[
         int | None,
