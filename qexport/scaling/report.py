@@ -7,6 +7,7 @@ from typing import Any
 
 from qexport.scaling.figures import FD
 from qexport.scaling.findings import Finding
+from qexport.scaling.grid import Measurement
 from qexport.scaling.select import Selection
 from qexport.scaling.store import Row
 
@@ -25,7 +26,12 @@ def command_of(selection: Selection) -> str:
     kinds = sorted({row.run.kind for row in rows if row.run.method != "none"}, reverse=True)
     methods = list(dict.fromkeys(row.run.method for row in rows if row.run.method != "none"))
     how = selection.measurement
-    parts = [f"qexport scaling --models {','.join(models)}", f"--wbits {','.join(map(str, bits))}"]
+    usual = Measurement()
+    quick = (how["drawn"], how["trajectories"]) != (usual.drawn, usual.trajectories)
+    parts = [
+        f"qexport scaling{' --quick' if quick else ''} --models {','.join(models)}",
+        f"--wbits {','.join(map(str, bits))}",
+    ]
     parts += [f"--formats {','.join(kinds or ['int'])}", f"--methods {','.join(methods or ['rtn'])}"]
     parts.append(f"--samples {how['judged_tokens']} --fd {how['fd']} --seed {how['seed']}")
     if how["images_sha256"] is not None:
