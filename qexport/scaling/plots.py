@@ -14,8 +14,8 @@ from matplotlib.ticker import FuncFormatter
 
 from qexport.scaling.curves import AXES, TOTAL, Cell, Curve
 from qexport.scaling.figures import interval, label_of
-from qexport.scaling.grid import FULL_BITS
-from qexport.scaling.law import Levels, SeriesLaw
+from qexport.scaling.grid import FULL, FULL_BITS
+from qexport.scaling.law import MERITS, Levels, SeriesLaw
 from qexport.verify.plots import COLOURS, GRID, INK, STYLE
 
 PNG_DPI = 300
@@ -63,8 +63,10 @@ def png_of(figure: Figure) -> bytes:
 def curve_plot(curves: Sequence[Curve], series: str, figure: str, axis: str) -> Figure:
     """Quality against bits: a colour for each width, a marker for each method, dashes for floating point.
 
-    Bars are 95 % intervals.
+    Bars are 95 % intervals. Where a figure is relative to full precision, that curve is zero and left out.
     """
+    if figure in MERITS:
+        curves = [curve for curve in curves if curve.cell.number_format != FULL] or curves
     with rc_context(STYLE):
         drawn, axes = _figure(_HEIGHT_INCHES)
         methods = dict.fromkeys(curve.cell.method for curve in curves)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-COMMANDS = ("models", "quantize", "verify", "generate", "inspect", "lower", "ship", "serve", "doctor")
+COMMANDS = ("scaling", "models", "quantize", "verify", "generate", "inspect", "lower", "ship", "serve", "doctor")
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "matplotlib", "numpy", "PIL"}
 
 
