@@ -29,7 +29,7 @@ from qexport.runtime.ort_backend import OrtBackend
 from qexport.runtime.runtime import quant_traits
 from qexport.runtime.session import choose_provider, model_of, open_session, session_options
 from qexport.targets import FUSED_FORMS, SessionConfig, session_config
-from qexport.targets.fusion import use_of, weight_of
+from qexport.targets.fusion import PRODUCTS, use_of, weight_of
 from qexport.targets.keys import JOINED_KEY
 from qexport.verify.checks import NOWHERE, Check, Place, at_most
 
@@ -228,13 +228,15 @@ def check_fusion(placement: Placement, layers: Iterable[Mapping[str, Any]]) -> C
 def surprises(rows: Iterable[Mapping[str, Any]], forms: Mapping[str, str], provider: str) -> list[tuple[str, str]]:
     """Layers that should have been fused, by the provider's rules, and are dequantised at every run; with their form.
 
-    Also those that cannot be found, of which nothing is proven.
+    Also matrices that cannot be found, of which nothing is proven. Convolutions may be: no provider fuses them, and
+    blocked kernels keep their weights under names of their own.
     """
     expected = FUSED_FORMS.get(provider)
     found = []
     for row in rows:
         form = forms.get(str(row.get("name")), MISSING)
-        fuses = expected is not None and expected(use_of(row)).kernel is not None
-        if form == MISSING or (fuses and UNFUSED in form):
+        use = use_of(row)
+        fuses = expected is not None and expected(use).kernel is not None
+        if (form == MISSING and use.operator in PRODUCTS) or (fuses and UNFUSED in form):
             found.append((str(row.get("name")), form))
     return found

@@ -45,6 +45,10 @@ def test_what_no_provider_fuses_may_be_unfused():
     assert not check_fusion(placement(f"DequantizeLinear + MatMul, {UNFUSED}"), [{**row, "format": "int8"}]).passed
 
 
+def test_a_convolution_may_be_repacked_under_another_name():
+    assert check_fusion(placement(MISSING), [{**ROW, "format": "int8", "shape": [8, 8, 3, 3]}]).passed
+
+
 def test_a_float_layer_is_not_asked_for():
     assert check_fusion(placement("anything"), [{**ROW, "algorithm": None}]).passed
 
