@@ -19,7 +19,7 @@ DEFAULTS = {
 }  # fmt: skip
 QUICK = {
     "--models": "var-c10-d2,dit-c10-d2,var-c10-d3,dit-c10-d3", "--wbits": "2,3,4,8,16", "--formats": "int",
-    "--samples": 100, "--fd": 100,
+    "--samples": 100, "--fd": 50,
 }  # fmt: skip
 """What `--quick` says in place of `DEFAULTS`."""
 
