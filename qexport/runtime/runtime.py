@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -168,12 +168,14 @@ def quant_traits(manifest: Manifest, graph: str | None = None) -> QuantTraits:
         with_activations=frozenset(str(row["format"]) for row in quantised),
         activations=frozenset(str(row["activation_format"]) for row in quantised),
         per_token=any(row.get("activation_scales") == str(PerToken()) for row in quantised),
-        integer=any(_is_integer(row) for row in quantised),
+        integer=any(_is_integer(row, {"int8", "int6"}) for row in quantised),
+        two_bit=any(_is_integer(row, {"int2", "ternary"}) for row in quantised),
         convolution=any(len(row.get("shape", ())) == CONVOLUTION_DIMENSIONS for row in rows),
     )
 
 
-def _is_integer(row: Mapping[str, Any]) -> bool:
-    formats = row.get("format") in ("int8", "int6") and row.get("activation_format") == "int8"
+def _is_integer(row: Mapping[str, Any], weights: Set[str]) -> bool:
+    """Whether a layer is a matrix in one of these formats, with int8 inputs of a known scale."""
+    formats = row.get("format") in weights and row.get("activation_format") == "int8"
     matrix = len(row.get("shape", ())) != CONVOLUTION_DIMENSIONS
     return formats and matrix and row.get("activation_scales") != str(PerToken())

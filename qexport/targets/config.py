@@ -20,7 +20,8 @@ class QuantTraits:
     `weight_only` are the weight formats of layers that keep floating-point activations, `with_activations` those of
     layers that quantise them as well, and `activations` the formats of the latter. `per_token` tells whether any layer
     has a scale per token, `integer` whether any is a matrix with int8 weights and int8 activations of a known scale,
-    which integer kernels multiply; `convolution` whether any is a convolution.
+    which integer kernels multiply, `two_bit` whether any is one with 2-bit weights instead; `convolution` whether any
+    is a convolution.
     """
 
     weight_only: frozenset[str] = frozenset()
@@ -28,6 +29,7 @@ class QuantTraits:
     activations: frozenset[str] = frozenset()
     per_token: bool = False
     integer: bool = False
+    two_bit: bool = False
     convolution: bool = False
 
     @property

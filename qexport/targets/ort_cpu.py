@@ -11,6 +11,8 @@
   gives them to layers with integer activations. Where other int8 weights are in the same graph, Q/DQ is not fused.
 - Per token, activations go through Q/DQ and the weight is fused as if it were weight-only. Level 4 would quantise them
   a second time (0.6 % error), so it is not used there. int4 weights with static activations are not fused.
+- 2-bit weights behind int8 inputs of a known scale are fused to a MatMulIntegerToFloat that has no 2-bit kernel: the
+  session cannot be made. With `session.disable_quant_qdq=1` they are dequantised at every run instead.
 - Convolutions are not fused with anything (1.31.1 has QLinearConv, but only in front of another QuantizeLinear). With
   `session.disable_quant_qdq=1` their weights are dequantised once, at load, and take the usual blocked kernel.
 - Sessions with fp8 Q/DQ fail to load unless `session.disable_quant_qdq=1`, which also stops MatMulNBits fusion.
@@ -27,7 +29,7 @@ def session_config(options: OptionSet, traits: QuantTraits) -> SessionConfig:
     """Options for one of the two sets; see the module for what they change."""
     level = "0" if options == "exact" or traits.per_token else "4"
     entries = {"session.qdq_matmulnbits_accuracy_level": level}
-    if traits.any_fp8 or traits.convolution or (traits.integer and traits.other_int8):
+    if traits.any_fp8 or traits.convolution or traits.two_bit or (traits.integer and traits.other_int8):
         entries["session.disable_quant_qdq"] = "1"
     elif traits.integer:
         entries["session.x64quantprecision"] = "1"

@@ -45,6 +45,7 @@ def schemes() -> list[Recipe]:
         (8, 8, "fp8", "static"),
         (8, 8, "int", "token"),
         (4, 8, "int", "static"),
+        (2, 8, "int", "static"),
     ):
         wbits, abits, number_format, scales = arguments
         scheme = preset(wbits, abits, number_format=number_format, activation_scales=scales)
