@@ -11,6 +11,7 @@ in each batch, so that together they still cover all timesteps.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -61,6 +62,10 @@ def own_ports(ports: Iterable[Port], number: int) -> list[str]:
     return [port.name.format(i=number) for port in ports if "{i}" in port.name]
 
 
+class _EnoughSeen(Exception):  # noqa: N818
+    """Nothing that follows in this batch is kept, so it need not be computed: mostly the decoder."""
+
+
 def record(
     generator: Generator,
     calibration: Calibration,
@@ -85,6 +90,8 @@ def record(
         else []
         for call in player.plan.calls
     ]
+    wanted = [number for number, iterations in enumerate(kept) if iterations]
+    last = wanted[-1] if wanted else -1
     trajectories: list[Trajectory] = []
     for number, start in enumerate(starts):
         labels = np.arange(start, min(start + BATCH, calibration.samples), dtype=np.int64) % generator.entry.num_classes
@@ -96,14 +103,17 @@ def record(
             feeds = {name: _empty(value) if name in own[call.graph] else value for name, value in call.feeds.items()}
             step = step_of(generator, player.plan.calls[call.call], call.iteration)
             found.append(RecordedCall(call.graph, step, feeds))
+            if call.call == last and call.iteration == max(kept[last][number]):
+                raise _EnoughSeen
 
-        player.play(
-            {port.name: labels} if port else {},
-            seed=calibration.seed,
-            first_index=start,
-            batch=len(labels),
-            observer=keep,
-        )
+        with contextlib.suppress(_EnoughSeen):
+            player.play(
+                {port.name: labels} if port else {},
+                seed=calibration.seed,
+                first_index=start,
+                batch=len(labels),
+                observer=keep,
+            )
         trajectories.append(tuple(found))
         if progress is not None:
             progress(start + len(labels), calibration.samples)

@@ -113,6 +113,16 @@ def test_caches_are_carried_not_kept(model: str) -> None:
     assert not torch.allclose(seen[1], want[1], rtol=1e-2)
 
 
+@pytest.mark.parametrize(("graphs", "decoded"), [(["step"], 0), (["step", "decode"], 1)])
+def test_the_decoder_is_run_only_where_its_inputs_are_wanted(graphs: list[str], decoded: int) -> None:
+    generator = load_generator("var-c10-d2")
+    ran: list[int] = []
+    generator.graph("decode").module.register_forward_hook(lambda *_: ran.append(1))
+    (trajectory,) = record(generator, Calibration(2), graphs)
+    assert len(ran) == decoded
+    assert [call.graph for call in trajectory] == ["step"] * 7 + ["decode"] * decoded
+
+
 def _without_caches(generator: Generator) -> tuple[Call, ...]:
     first, *rest = generator.plan.calls
     outputs = {port: state for port, state in first.outputs.items() if not port.startswith(("key", "value"))}
