@@ -215,9 +215,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines += ["", f"## {model} (full precision: {fp})", ""]
         lines.append("| scheme | method | " + " | ".join(heads) + " | FD | bits | s @ load | peak MB |")
         lines.append("|---|---|" + "---|" * (len(heads) + 4))
-        for title in SCHEMES:
-            for row in (row for row in of_model if row["scheme"] == title):
-                lines.append(_line(row, var))
+        for title, (_, methods) in SCHEMES.items():
+            of_scheme = [row for row in of_model if row["scheme"] == title]
+            lines += [_line(row, var) for row in sorted(of_scheme, key=lambda row: methods.index(row["method"]))]
     return "\n".join(lines) + "\n"
 
 
