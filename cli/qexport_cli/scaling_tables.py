@@ -87,8 +87,12 @@ def show_recommendation(answers: Sequence[Answer], size_bytes: int) -> None:
             (answer.series, run.model, run.number_format, run.method, size(answer.size_bytes), figure(answer.value),
              interval)
         )  # fmt: skip
-    print_table(columns, rows, f"Within {size(size_bytes)} of weights, decoder not counted")
-    print_line()
+    title = f"Within {size(size_bytes)} of weights, decoder not counted"
+    if any(answer.row is not None for answer in answers):
+        print_table(columns, rows, title)
+        print_line()
+    else:
+        print_line(title)
     for answer in answers:
         if answer.row is None:
             _wrapped(f"{answer.series}: {answer.words} {size(answer.least_bytes)}")
