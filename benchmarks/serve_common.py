@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,8 @@ import numpy as np
 from qexport.runtime import Runtime
 from qexport.runtime.pixels import to_pixels
 
+SERVE = (sys.executable, "-c", "from qexport_cli.main import main; main()", "serve")
+"""The command, whatever is on the path."""
 SHIFT = 1e-3
 TIMEOUT_S = 120.0
 START_S = 300.0
@@ -71,8 +74,7 @@ class Service:
     """`qexport serve` on a free port, with its log."""
 
     def __init__(self, bundle: Path, *options: str, threads: int = 1, environment: Mapping[str, str] | None = None):
-        command = [sys.executable, "-c", "from qexport_cli.main import main; main()", "serve", str(bundle)]
-        command += ["--port", "0", "--threads", str(threads), *options]
+        command = [*SERVE, str(bundle), "--port", "0", "--threads", str(threads), *options]
         self.begun_s = time.monotonic()
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
@@ -107,6 +109,10 @@ class Service:
                 raise SystemExit(f"the service gave no {event!r}: {[e for _, e in self.events][-5:]}")
             time.sleep(0.01)
         return found[count - 1]
+
+    def kill_worker(self, sent: int = signal.SIGKILL) -> None:
+        """Send a signal to the worker that was started first."""
+        os.kill(self.named("worker started")[0]["pid"], sent)
 
     def figure(self, name: str) -> float:
         """One of the service's own figures, summed over its labels."""

@@ -1,4 +1,4 @@
-"""`qexport serve` while things go wrong, every answer checked against the image drawn offline (see serve_common).
+"""`qexport serve` while things go wrong, every answer checked against the image drawn offline (see serve_trial).
 
     python benchmarks/serve_faults.py BUNDLE --out benchmarks/results/serve_faults.json
 
@@ -22,11 +22,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import platform
-import resource
 import shutil
 import signal
 import socket
@@ -35,241 +33,123 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import onnxruntime
-from serve_common import Load, Service, offline, summary
+from serve_common import SERVE
+from serve_trial import AFTER_S, BEFORE_S, CLIENTS, Bench, outcome, refusals, small_disk, until, workers_again
 
-from qexport.bundle import Bundle
-from qexport.runtime import load
-from qexport.serve import ServeSettings
-
-CLIENTS = 8
-BEFORE_S = 3.0
-AFTER_S = 3.0
-RECOVERY_S = 120.0
 DEADLINE_S = 5
 """Of the service whose worker hangs; `engine.HUNG_S` later it is found out."""
-MUTE = 0.1
-
-
-class Bench:
-    """The bundle, and what its images are."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bundle = Bundle.open(path)
-        self.classes = self.bundle.manifest.model.num_classes
-        runtime = load(path, provider="cpu", threads=1)
-        self.references = offline(runtime, CLIENTS, ServeSettings().buckets)
-
-    def service(self, *options: str, environment: dict[str, str] | None = None, path: Path | None = None) -> Service:
-        """`qexport serve` of the bundle, or of a copy of it at `path`."""
-        return Service(path or self.path, *options, environment=environment)
-
-    @contextlib.contextmanager
-    def load(self, url: str, clients: int = CLIENTS) -> Iterator[Load]:
-        """Clients that ask as long as the context lasts."""
-        one, over = Load(url, clients, self.references, self.classes), threading.Event()
-        thread = threading.Thread(target=one.run, args=(over.is_set,))
-        thread.start()
-        try:
-            yield one
-        finally:
-            over.set()
-            thread.join()
-
-
-def until(condition: Callable[[], bool], limit_s: float = RECOVERY_S) -> float:
-    """Seconds until a condition holds."""
-    start_s = time.monotonic()
-    while not condition():
-        if time.monotonic() - start_s > limit_s:
-            raise SystemExit(f"not recovered within {limit_s} s")
-        time.sleep(0.02)
-    return round(time.monotonic() - start_s, 2)
-
-
-def outcome(one: Load, fault_s: float) -> dict[str, Any]:
-    """What the clients saw; the longest time without a right image is counted from the fault on."""
-    records = sorted(one.records, key=lambda r: r.at_s)
-    right_s = [fault_s, *(r.at_s for r in records if r.at_s > fault_s and r.status == 200 and not r.wrong)]
-    found = summary(records, records[0].at_s, records[-1].at_s)
-    kept = ("statuses", "checked_answers", "wrong_answers", "max_ms")
-    gaps_s = [b - a for a, b in itertools.pairwise(right_s)]
-    longest_s = round(max(gaps_s), 2) if gaps_s else None  # None: no right image came any more
-    return {**{name: found[name] for name in kept}, "longest_gap_s": longest_s}
-
-
-def ready_again(service: Service, count: int) -> Callable[[], bool]:
-    return lambda: service.figure("qexport_drawers_ready") == count
 
 
 def worker_killed(bench: Bench) -> dict[str, Any]:
-    with bench.service("--workers", "2") as service:
-        service.wait("ready", 2)
-        with bench.load(service.url) as one:
-            time.sleep(BEFORE_S)
-            fault_s = time.monotonic()
-            os.kill(service.named("worker started")[0]["pid"], signal.SIGKILL)
-            until(lambda: service.figure("qexport_lost_drawers_total") == 1)
-            until(ready_again(service, 2))
-            recovered_s = round(time.monotonic() - fault_s, 2)
-            time.sleep(AFTER_S)
+    with bench.service("--workers", "2", ready=2) as service:
+        with bench.clients(service.url) as fault:
+            service.kill_worker()
+            workers_again(service, lost=1, ready=2)
+            fault.recovered()
         redrawn = service.figure("qexport_redrawn_images_total")
-    return {**outcome(one, fault_s), "recovery_s": recovered_s, "redrawn_images": redrawn, "exit": service.exit_code}
+    return {**fault.found(), "redrawn_images": redrawn, "exit": service.exit_code}
 
 
 def all_workers_killed(bench: Bench) -> dict[str, Any]:
-    with bench.service("--workers", "2") as service:
-        service.wait("ready", 2)
-        with bench.load(service.url) as one:
-            time.sleep(BEFORE_S)
-            fault_s = time.monotonic()
-            for started in service.named("worker started"):
-                os.kill(started["pid"], signal.SIGKILL)
-            recovered_s = until(lambda: any(r.status == 200 and r.at_s > fault_s + MUTE for r in one.records))
-            until(lambda: service.figure("qexport_lost_drawers_total") == 2)
-            until(ready_again(service, 2))
-            time.sleep(AFTER_S)
-    return {**outcome(one, fault_s), "recovery_s": recovered_s, "exit": service.exit_code}
+    with bench.service("--workers", "2", ready=2) as service, bench.clients(service.url) as fault:
+        for started in service.named("worker started"):
+            os.kill(started["pid"], signal.SIGKILL)
+        fault.image_again()
+        workers_again(service, lost=2, ready=2)
+    return {**fault.found(), "exit": service.exit_code}
 
 
 def worker_hangs(bench: Bench) -> dict[str, Any]:
-    with bench.service("--workers", "2", "--deadline", str(DEADLINE_S)) as service:
-        service.wait("ready", 2)
-        with bench.load(service.url) as one:
-            time.sleep(BEFORE_S)
-            fault_s = time.monotonic()
-            os.kill(service.named("worker started")[0]["pid"], signal.SIGSTOP)
-            until(lambda: service.figure("qexport_lost_drawers_total") == 1)
-            until(ready_again(service, 2))
-            recovered_s = round(time.monotonic() - fault_s, 2)
-            time.sleep(AFTER_S)
-    return {**outcome(one, fault_s), "recovery_s": recovered_s, "deadline_s": DEADLINE_S, "exit": service.exit_code}
+    late = ("--deadline", str(DEADLINE_S))
+    with bench.service("--workers", "2", *late, ready=2) as service, bench.clients(service.url) as fault:
+        service.kill_worker(signal.SIGSTOP)
+        workers_again(service, lost=1, ready=2)
+        fault.recovered()
+    return {**fault.found(), "deadline_s": DEADLINE_S, "exit": service.exit_code}
 
 
 def killed_and_started_again(bench: Bench, *options: str) -> dict[str, Any]:
     """Clients go on asking at the same address; a supervisor that starts at once is played by us."""
     with tempfile.TemporaryDirectory(prefix="qexport-faults-") as temporary:
         environment = {"TMPDIR": temporary}
-        first = bench.service(*options, environment=environment).__enter__()
-        port = first.url.rpartition(":")[2]
-        with bench.load(first.url) as one:
-            time.sleep(BEFORE_S)
-            fault_s = time.monotonic()
-            first.process.kill()
-            first.process.wait()
-            with bench.service(*options, "--port", port, environment=environment) as second:
-                recovered_s = until(lambda: any(r.status == 200 and r.at_s > fault_s + MUTE for r in one.records))
-                recovered_s = round(time.monotonic() - fault_s, 2)
-                time.sleep(AFTER_S)
-                copies = len([*Path(temporary).glob("qexport-serve-*")])
-                second.wait("ready")
-            left = len([*Path(temporary).glob("qexport-serve-*")])
-    return {
-        **outcome(one, fault_s), "recovery_s": recovered_s, "copies_while_running": copies, "copies_left": left,
-        "exit": second.exit_code,
-    }  # fmt: skip
+
+        def copies() -> int:
+            return len([*Path(temporary).glob("qexport-serve-*")])
+
+        with bench.service(*options, environment=environment) as first, contextlib.ExitStack() as next_one:
+            port = first.url.rpartition(":")[2]
+            with bench.clients(first.url) as fault:
+                first.process.kill()
+                first.process.wait()
+                second = next_one.enter_context(bench.service(*options, "--port", port, environment=environment))
+                fault.image_again()
+            running = copies()
+        left = copies()
+    return {**fault.found(), "copies_while_running": running, "copies_left": left, "exit": second.exit_code}
 
 
 def replica_killed(bench: Bench) -> dict[str, Any]:
     if find_spec("ray") is None:
         return {"skipped": "Ray is not installed here"}
+    title = f"ray::ServeReplica:qexport-{platform.node()}-{bench.path.resolve().name}".encode()
 
     def replicas() -> set[int]:
         found = set()
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                title = (folder / "cmdline").read_bytes()
-                if title.startswith(
-                    f"ray::ServeReplica:qexport-{platform.node()}-{bench.path.resolve().name}".encode()
-                ):
+                if (folder / "cmdline").read_bytes().startswith(title):
                     found.add(int(folder.name))
         return found
 
-    with bench.service("--ray", "--replicas", "2") as service:
-        service.wait("ready", 2)
+    with bench.service("--ray", "--replicas", "2", ready=2) as service:
         before = replicas()
-        with bench.load(service.url) as one:
-            time.sleep(BEFORE_S)
-            fault_s = time.monotonic()
+        with bench.clients(service.url) as fault:
             os.kill(min(before), signal.SIGKILL)
             until(lambda: len(replicas() - {min(before)}) == 2)
-            recovered_s = round(time.monotonic() - fault_s, 2)
-            time.sleep(2 * AFTER_S)
+            fault.recovered()
+            time.sleep(AFTER_S)
         lost = service.figure("qexport_lost_drawers_total")
     import ray  # type: ignore[import-not-found]
 
-    return {
-        **outcome(one, fault_s), "replica_started_s": recovered_s, "lost_batches": lost, "ray": ray.__version__,
-        "exit": service.exit_code,
-    }  # fmt: skip
-
-
-@contextlib.contextmanager
-def small_disk(size_bytes: int) -> Iterator[tuple[Path, str]]:
-    """A folder on a disk of that size, and what kind of disk it is."""
-    with tempfile.TemporaryDirectory(prefix="qexport-faults-") as name:
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", name]
-        mounted = bool(shutil.which("mount")) and subprocess.run(mount, capture_output=True).returncode == 0
-        try:
-            yield Path(name), "tmpfs" if mounted else "limit on the size of files"
-        finally:
-            if mounted:
-                subprocess.run(["umount", "-l", name], check=True)
-
-
-def run_to_its_end(arguments: list[str], environment: dict[str, str], limit_bytes: int | None = None) -> dict[str, Any]:
-    def limit() -> None:
-        if limit_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-
-    code = "from qexport_cli.main import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "serve", "--port", "0", *arguments], capture_output=True, text=True,
-        env={**os.environ, **environment}, preexec_fn=limit, timeout=RECOVERY_S,
-    )  # fmt: skip
-    return {"exit": done.returncode, "traceback": "Traceback" in done.stderr, "says": done.stderr.splitlines()[-1:]}
+    found = fault.found()
+    found["replica_started_s"] = found.pop("recovery_s")
+    return {**found, "lost_batches": lost, "ray": ray.__version__, "exit": service.exit_code}
 
 
 def disk_full_at_start(bench: Bench) -> dict[str, Any]:
-    found: dict[str, Any] = {}
     size_bytes = bench.bundle.size_bytes
-    for name, options in (("one process", []), ("workers", ["--workers", "1"])):
-        with small_disk(size_bytes // 2) as (folder, kind):
-            limit = None if kind == "tmpfs" else size_bytes // 4
-            done = run_to_its_end([str(bench.path), *options], {"TMPDIR": str(folder)}, limit)
-            said = [line.replace(str(folder), "TMPDIR") for line in done["says"]]
-            left = len([*folder.glob("qexport-serve-*")])
-            found[name] = {**done, "says": said, "disk": kind, "copies_left": left}
-    return found
+    with small_disk(size_bytes // 2) as (folder, kind):
+        limit = None if kind == "tmpfs" else size_bytes // 4
+        found = refusals(bench.path, folder, "TMPDIR", {"TMPDIR": str(folder)}, limit)
+        left = len([*folder.glob("qexport-serve-*")])
+    return {name: {**one, "disk": kind, "copies_left": left} for name, one in found.items()}
 
 
 def disk_full_while_serving(bench: Bench) -> dict[str, Any]:
     with small_disk(2 * bench.bundle.size_bytes + (1 << 20)) as (folder, kind):
         if kind != "tmpfs":
             return {"skipped": "no tmpfs can be mounted here"}
-        with bench.service("--workers", "2", environment={"TMPDIR": str(folder)}) as service:
-            service.wait("ready", 2)
-            with bench.load(service.url) as one:
-                time.sleep(BEFORE_S)
-                fault_s = time.monotonic()
-                with contextlib.suppress(OSError), (folder / "filler").open("wb") as filler:
-                    while True:
-                        filler.write(bytes(1 << 16))
-                        filler.flush()
-                free_bytes = shutil.disk_usage(folder).free
-                os.kill(service.named("worker started")[0]["pid"], signal.SIGKILL)
-                until(lambda: service.figure("qexport_lost_drawers_total") == 1)
-                until(ready_again(service, 2))
-                recovered_s = round(time.monotonic() - fault_s, 2)
-                time.sleep(AFTER_S)
-    return {**outcome(one, fault_s), "free_bytes": free_bytes, "recovery_s": recovered_s, "exit": service.exit_code}
+        environment = {"TMPDIR": str(folder)}
+        with (
+            bench.service("--workers", "2", ready=2, environment=environment) as service,
+            bench.clients(service.url) as fault,
+        ):
+            with contextlib.suppress(OSError), (folder / "filler").open("wb") as filler:
+                while True:
+                    filler.write(bytes(1 << 16))
+                    filler.flush()
+            free_bytes = shutil.disk_usage(folder).free
+            service.kill_worker()
+            workers_again(service, lost=1, ready=2)
+            fault.recovered()
+    return {**fault.found(), "free_bytes": free_bytes, "exit": service.exit_code}
 
 
 def log_cannot_be_written(bench: Bench) -> dict[str, Any]:
@@ -280,9 +160,8 @@ def log_cannot_be_written(bench: Bench) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    code = "from qexport_cli.main import main; main()"
     with open("/dev/full", "w") as full:  # noqa: PTH123
-        command = [sys.executable, "-c", code, "serve", str(bench.path), "--threads", "1", "--port", str(port)]
+        command = [*SERVE, str(bench.path), "--threads", "1", "--port", str(port)]
         process = subprocess.Popen(command, stderr=full)
 
     def ready() -> bool:
@@ -296,8 +175,8 @@ def log_cannot_be_written(bench: Bench) -> dict[str, Any]:
             time.sleep(BEFORE_S + AFTER_S)
     finally:
         process.terminate()
-        code_at_end = process.wait(60)
-    return {**outcome(one, one.records[0].at_s), "exit": code_at_end}
+        exit_code = process.wait(60)
+    return {**outcome(one, one.records[0].at_s), "exit": exit_code}
 
 
 def damaged_at_start(bench: Bench) -> dict[str, Any]:
@@ -310,11 +189,7 @@ def damaged_at_start(bench: Bench) -> dict[str, Any]:
             byte = file.read(1)[0]
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte ^ 1]))
-        found = {}
-        for what, options in (("one process", []), ("workers", ["--workers", "1"])):
-            done = run_to_its_end([str(bundle), *options], {})
-            found[what] = {**done, "says": [line.replace(name, "FOLDER") for line in done["says"]]}
-        return found
+        return refusals(bundle, Path(name), "FOLDER")
 
 
 def damaged_while_serving(bench: Bench, *options: str) -> dict[str, Any]:
@@ -322,9 +197,7 @@ def damaged_while_serving(bench: Bench, *options: str) -> dict[str, Any]:
         bundle = Path(name) / bench.path.resolve().name
         shutil.copytree(bench.path, bundle)
         weights = bundle / "weights.data"
-        with bench.service(*options, path=bundle) as service, bench.load(service.url) as one:
-            time.sleep(BEFORE_S)
-            fault_s = time.monotonic()
+        with bench.service(*options, path=bundle) as service, bench.clients(service.url) as fault:
             with weights.open("r+b") as file:
                 file.write(os.urandom(weights.stat().st_size))
             time.sleep(1)
@@ -332,11 +205,9 @@ def damaged_while_serving(bench: Bench, *options: str) -> dict[str, Any]:
             time.sleep(1)
             shutil.rmtree(bundle)
             if options:
-                os.kill(service.named("worker started")[0]["pid"], signal.SIGKILL)
-                until(lambda: service.figure("qexport_lost_drawers_total") == 1)
-                until(lambda: service.figure("qexport_drawers_ready") >= 1)
-            time.sleep(AFTER_S)
-        return {**outcome(one, fault_s), "exit": service.exit_code}
+                service.kill_worker()
+                workers_again(service, lost=1, ready=1)
+        return {**fault.found(), "exit": service.exit_code}
 
 
 def bad_requests(bench: Bench) -> dict[str, Any]:
@@ -370,21 +241,18 @@ def bad_requests(bench: Bench) -> dict[str, Any]:
 
     with bench.service() as service:
         port = int(service.url.rpartition(":")[2])
-        with bench.load(service.url) as one:
-            time.sleep(BEFORE_S)
-            fault_s = time.monotonic()
+        with bench.clients(service.url) as fault:
             threads = [threading.Thread(target=ask, args=(*kind, ("127.0.0.1", port))) for kind in kinds.items()]
             idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-            time.sleep(AFTER_S)
         for connection in idle:
             connection.close()
         memory_MB = service.resident_mb()
     return {
-        **outcome(one, fault_s), "answers": {name: answers[name] for name in kinds}, "idle_connections": len(idle),
+        **fault.found(), "answers": {name: answers[name] for name in kinds}, "idle_connections": len(idle),
         "resident_MB_after": memory_MB, "exit": service.exit_code,
     }  # fmt: skip
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 import serve_common
 import serve_faults
 import serve_load
+import serve_trial
 from serve_common import Load, Record
 
 
@@ -40,7 +41,7 @@ def load_with(*records):
 
 def test_the_longest_gap_is_between_right_images():
     records = [Record(t, 0.1, 200) for t in (1.0, 2.0, 2.5, 6.0)] + [Record(4.0, 0.1, 200, wrong=True)]
-    found = serve_faults.outcome(load_with(*records, Record(4.5, 0.1, 503)), fault_s=2.2)
+    found = serve_trial.outcome(load_with(*records, Record(4.5, 0.1, 503)), fault_s=2.2)
     assert found["longest_gap_s"] == 3.5
     assert found["wrong_answers"] == 1
 
