@@ -23,6 +23,7 @@ from qexport_cli.lower import lower
 from qexport_cli.models import models
 from qexport_cli.quantize import quantize
 from qexport_cli.scaling import scaling
+from qexport_cli.score import score
 from qexport_cli.serve import serve
 from qexport_cli.ship import ship
 from qexport_cli.signals import stop_cleanly
@@ -39,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (models, quantize, verify, generate, serve, ship, inspect, lower, bench, scaling, doctor):
+for command in (models, quantize, verify, generate, serve, ship, inspect, lower, bench, score, scaling, doctor):
     app.command()(command)
 
 

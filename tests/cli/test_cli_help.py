@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-COMMANDS = ("scaling", "models", "quantize", "verify", "generate", "inspect", "lower", "ship", "serve", "doctor")
+COMMANDS = (
+    "scaling",
+    "score",
+    "models",
+    "quantize",
+    "verify",
+    "generate",
+    "inspect",
+    "lower",
+    "ship",
+    "serve",
+    "doctor",
+)
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "matplotlib", "numpy", "PIL"}
 
 
