@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from qexport.distill import TOPK_LOSSES, Distilled, DistillSettings, Samples, distill, image_tokens
+from qexport.distill.processes import launched, require_shares
+from qexport.distill.run import make_task
 from qexport.distill.student import trained_graph
 from qexport.errors import InputError
 from qexport.family import Generator
@@ -81,7 +83,8 @@ def prepare(generator: Generator, training: Training) -> ImageSet | None:
         InputError: the model cannot be trained, the images cannot be used, or the options do not fit the model.
     """
     trained_graph(generator)
-    name = generator.entry.name
+    name, settings = generator.entry.name, training.settings
+    require_shares(settings.batch)
     if method_of(generator, training) == CONTROL:
         if training.loss_option:
             raise InputError(
@@ -93,6 +96,9 @@ def prepare(generator: Generator, training: Training) -> ImageSet | None:
                 f"--data {training.data}: {name} draws no tokens; it is trained on latents that the full-precision "
                 "model samples; leave --data out"
             )
+    elif settings.per_trajectory != DistillSettings().per_trajectory:
+        raise InputError(f"per_trajectory is about denoisers; {name} draws tokens; leave it out")
+    make_task(generator, settings)  # says which weights of scales do not fit
     if training.data is None:
         return None
     entry = generator.entry
@@ -141,6 +147,8 @@ def fine_tune(
             f"{generator.entry.name} draws no tokens, so there is no TopKLD for it: it is trained on the squared error "
             "of its output, the control"
         )
+    if settings.sharded and launched() == 1:
+        note("sharded: a single process has nothing to divide; torchrun starts several")
     data = None
     if images is not None:
         held_out = max(LEAST_HELD_OUT, min(settings.held_out, len(images) // MOST_HELD_OUT_SHARE))

@@ -104,6 +104,14 @@ def quantize(
             metavar="PATH", help="With --topkld: learn on these images (folder or .npz), not on the model's own."
         ),
     ] = None,
+    train: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--train",
+            metavar="NAME=VALUE",
+            help="With --topkld, repeatable: any other setting, say ema=0.99 or recompute (docs/topkld.md).",
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Layer by layer from a TOML file, instead of the above.")
     ] = None,
@@ -146,6 +154,7 @@ def quantize(
             "--batch": batch,
             "--lr": lr,
             "--data": data,
+            "--train": train or None,
         },
     )
 

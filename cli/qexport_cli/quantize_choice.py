@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qexport.errors import InputError
 from qexport.suggest import nearest
+from qexport_cli.quantize_train import TOPKLD, training_of
 
 if TYPE_CHECKING:
     from qexport.recipe import Recipe
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 DEFAULT_WBITS = 4
 DEFAULT_ABITS = 16
 FP8_WBITS = 8
-TOPKLD = "--topkld"
 FORMATS = ("int", "fp8", "fp8-e5m2")
 STUDY_FORMATS = ("fp6", "fp4")
 _AUTO_ONLY = ("--target-bits", "--target-bytes")
@@ -56,38 +56,14 @@ def choose(options: Mapping[str, Any], recipe: Path | None, taught: Mapping[str,
             option = next(iter(given))
             raise InputError(f"--recipe says what {option} says, for each layer; leave {option} out, or edit {recipe}")
         read = Recipe.from_toml(recipe)
-        return Choice(None, read, _training(asked, read.calibration.seed))
-    training = _training(asked, given.get("--seed", 0))
+        return Choice(None, read, training_of(asked, read.calibration.seed))
+    training = training_of(asked, given.get("--seed", 0))
     return Choice(_request(given, training is not None), None, training)
 
 
 def speaks() -> bool:
     """Whether this process says what was done: of those that ``torchrun`` starts, the first."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _training(asked: Mapping[str, Any], seed: int) -> Training | None:
-    if not asked:
-        return None
-    from qexport.distill import LOSSES, TOPK_LOSSES, Distillation, DistillSettings
-    from qexport.training import Training
-
-    loss = asked.get("--variant", Distillation().loss)
-    if loss not in LOSSES:
-        raise InputError(f"--variant {loss!r} is unknown{nearest(loss, LOSSES)}; one of {', '.join(LOSSES)}")
-    if "--top-k" in asked and loss not in TOPK_LOSSES:
-        raise InputError(f"--top-k belongs to {', '.join(TOPK_LOSSES)}; leave it out with --variant {loss}")
-    for option in ("--top-k", "--steps", "--batch"):
-        if asked.get(option, 1) < 1:
-            raise InputError(f"{option} {asked[option]}: must be at least 1")
-    if not 0 < asked.get("--lr", 1) < float("inf"):
-        raise InputError(f"--lr {asked['--lr']}: must be greater than 0, and finite")
-    settings = {name: asked[f"--{name}"] for name in ("steps", "batch", "lr") if f"--{name}" in asked}
-    return Training(
-        DistillSettings(Distillation(loss, asked.get("--top-k", Distillation().top_k)), seed=seed, **settings),
-        asked.get("--data"),
-        next((option for option in ("--variant", "--top-k") if option in asked), ""),
-    )
 
 
 def _request(given: Mapping[str, Any], trained: bool) -> Request:

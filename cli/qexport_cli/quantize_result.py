@@ -105,13 +105,17 @@ def _trained(report: Mapping[str, Any] | None) -> dict[str, str]:
         return {}
     merit = _MERITS[str(report["figure"])]
     loss = report["loss"] + (f", K {report['top_k']}" if "top_k" in report else "")
-    held = report["settings"]["held_out"]
+    settings = report["settings"]
+    held, steps = settings["held_out"], f"{report['steps']} steps of {settings['batch']}"
+    if report["steps"] < settings["steps"]:
+        steps += f" (stopped early, of {settings['steps']})"
+    if settings["ema"]:
+        steps += f", mean of decay {settings['ema']:g}"
     since = f" since step {report['resumed_after']}" if report["resumed_after"] else ""
     kept = "" if report["best_step"] else "; no better, so the start is kept"
     return {
         "fine-tuned": f"{merit} {figure(report['start'])} → {figure(report['best'])} on {held} held-out samples{kept}",
-        "by": f"{loss}, {report['steps']} steps of {report['settings']['batch']}, from {report['start_from']}, "
-        f"in {seconds(report['wall_s'])}{since}",
+        "by": f"{loss}, {steps}, from {report['start_from']}, in {seconds(report['wall_s'])}{since}",
         "on": report["data"],
     }
 

@@ -1,25 +1,36 @@
 """How much memory a run will take, asked before it starts.
 
-What is kept for the backward pass is not guessed: one sample goes through the student, and the bytes that autograd
-saves are counted and multiplied by the batch. To that come, each 4 bytes a trained weight, its gradient, two moments of
-Adam, the rounded weight, and the running mean where there is one; and four times the model's output: the teacher's, the
-student's, the loss's gradient, and that of the logits.
+What is kept for the backward pass is not guessed: one sample, and then two, go through the student, in the precision of
+training and with blocks computed again where the settings say so, and the bytes that autograd saves are counted. What
+the second sample adds grows with the batch, the rest (weights in bfloat16) does not. To that come
+
+- each 4 bytes a trained number: its gradient and two moments of Adam (unless those are in a file), the running mean
+  where there is one; of several processes that divide these each has its part;
+- the rounded weights, and the codes of the best result and of the one that may replace it, whole in every process;
+- four times the model's output for a batch: the teacher's, the student's, the loss's gradient, and that of the logits;
+  or twice for a batch of judging, where that is more.
+
+What lies in mapped files (moments that are offloaded, a cached teacher) is not counted: it gives way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from qexport.distill.recompute import computing
+from qexport.distill.settings import JUDGE_BATCH, DistillSettings
+from qexport.distill.student import Student
 from qexport.distill.tasks import Batch
 from qexport.errors import InputError
 
 _BYTES = 4
-_PER_WEIGHT = 4  # gradient, two moments; and the rounded weight, which every process has
-_OUTPUTS = 4
+_GRADIENT, _MOMENTS = 1, 2  # float32 numbers for each that is trained
+_CODES = 2  # bytes: one for the best, one for what may replace it
+_OUTPUTS, _JUDGED_OUTPUTS = 4, 2
 
 _MARGIN = 1.1
 """What temporaries and the allocator add."""
@@ -28,8 +39,11 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP_LIMIT, _CGROUP_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 
 
-def saved_bytes(call: Callable[[], Tensor]) -> tuple[int, int]:
-    """(bytes that autograd keeps of a forward pass beside parameters, bytes of its result)."""
+def saved_bytes(call: Callable[[], Tensor], apart: Callable[[], Sequence[Tensor]] = list) -> tuple[int, int]:
+    """(bytes that autograd keeps of a forward pass, bytes of its result).
+
+    Parameters do not count, nor does what `apart` gives after the pass.
+    """
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -39,21 +53,35 @@ def saved_bytes(call: Callable[[], Tensor]) -> tuple[int, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = call()
-    return sum(seen.values()), result.numel() * result.element_size()
+    others = {tensor.untyped_storage().data_ptr() for tensor in apart()}
+    kept = sum(size for place, size in seen.items() if place not in others)
+    return kept, result.numel() * result.element_size()
 
 
-def estimate_bytes(student: nn.Module, batch: Batch, size: int, averaged: bool, parts: int = 1) -> int:
-    """Bytes that training will take beyond what is held already.
+def estimate_bytes(
+    student: nn.Module, sample: Batch, settings: DistillSettings, processes: int = 1, held_out: int = 1
+) -> int:
+    """Bytes that training will take in each process beyond what is held already.
 
-    `batch` is one sample, `size` that of a batch; of `parts` processes each keeps its part of what is trained.
+    `sample` holds one sample; `held_out` is how many are judged by.
     """
-    kept, output = saved_bytes(lambda: student(*batch))
-    weights = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-    shared = weights * _BYTES  # the rounded weights are among what is kept, and do not grow with the batch
-    per_sample = max(kept - shared, 0) + _OUTPUTS * output
-    kept_by_all = weights * _BYTES
-    divided = weights * _BYTES * (_PER_WEIGHT - 1 + averaged) // parts
-    return int(_MARGIN * (kept_by_all + divided + size * per_sample))
+    one = tuple(tensor.clone() for tensor in sample)  # a slice would be counted with all that it was cut from
+    two = tuple(torch.cat((tensor, tensor)) for tensor in one)
+    share = settings.batch // processes
+    rounded: Callable[[], Sequence[Tensor]] = (lambda: student.rounded) if isinstance(student, Student) else list
+    with computing(student, settings, kept_whole=1):
+        kept, output = saved_bytes(lambda: student(*one), rounded)
+        by_sample = kept
+        if share > 1:  # a model that barely fits one sample is not shown two
+            by_sample = max(saved_bytes(lambda: student(*two), rounded)[0] - kept, 0)
+    fixed = max(kept - by_sample, 0)
+    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    parts = processes if settings.sharded else 1
+    numbers = _GRADIENT + (0 if settings.offload else _MOMENTS) + (1 if settings.ema else 0)
+    whole = trained * (_BYTES + _CODES) + fixed
+    update = share * (by_sample + _OUTPUTS * output)
+    judging = min(JUDGE_BATCH, held_out) * _JUDGED_OUTPUTS * output
+    return int(_MARGIN * (whole + trained * _BYTES * numbers // parts + max(update, judging)))
 
 
 def available_bytes() -> int | None:
@@ -68,16 +96,17 @@ def available_bytes() -> int | None:
     return min(found, default=None)
 
 
-def require_memory(needed: int, processes: int = 1) -> None:
+def require_memory(needed: int, settings: DistillSettings, processes: int = 1) -> None:
     """Nothing, if there is enough, or nobody knows.
 
     Raises:
-        InputError: there is too little.
+        InputError: there is too little; it says what would take less.
     """
     available = available_bytes()
-    if available is not None and needed * processes > available:
-        many = f" in each of {processes} processes" if processes > 1 else ""
-        raise InputError(
-            f"distillation needs about {needed / 1e9:.1f} GB{many}, {available / 1e9:.1f} GB are free; "
-            "make the batch smaller (--batch) or, from Python, compute blocks twice (recompute)"
-        )
+    if available is None or needed * processes <= available:
+        return
+    many = f" in each of {processes} processes" if processes > 1 else ""
+    rest = {"recompute": not settings.recompute, "offload": not (settings.offload or settings.sharded)}
+    advice = ["make the batch smaller (--batch)", *(f"--train {name}" for name, helps in rest.items() if helps)]
+    wanted = f"distillation needs about {needed / 1e9:.1f} GB{many}, {available / 1e9:.1f} GB are free"
+    raise InputError(f"{wanted}; {', or '.join(advice)}")

@@ -29,7 +29,7 @@ from qexport.errors import InputError
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the processes that ``torchrun`` started, over gloo; alone, do nothing."""
-    wanted = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    wanted = launched() > 1 and not dist.is_initialized()
     if wanted:
         dist.init_process_group("gloo")
     try:
@@ -37,6 +37,11 @@ def process_group() -> Iterator[None]:
     finally:
         if wanted:
             dist.destroy_process_group()
+
+
+def launched() -> int:
+    """How many processes ``torchrun`` said it started, whether they are joined yet or not; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
@@ -118,6 +123,17 @@ def _square(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.zeros((), dtype=torch.float64), *(t.double().square().sum() for t in tensors)]).sum()
 
 
+def require_shares(size: int, count: int | None = None) -> None:
+    """Nothing, if `count` processes (None: as many as were launched) can share a batch equally.
+
+    Raises:
+        InputError: they cannot.
+    """
+    count = launched() if count is None else count
+    if size % count:
+        raise InputError(f"a batch of {size} cannot be shared by {count} processes; make it a multiple of {count}")
+
+
 def share(batch: Batch) -> Batch:
     """This process's part of a batch, equal for all.
 
@@ -125,8 +141,7 @@ def share(batch: Batch) -> Batch:
         InputError: the batch cannot be divided.
     """
     count, size = world(), len(batch[0])
-    if size % count:
-        raise InputError(f"a batch of {size} cannot be shared by {count} processes; make it a multiple of {count}")
+    require_shares(size, count)
     part = size // count
     return tuple(tensor[rank() * part : (rank() + 1) * part] for tensor in batch)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import resource
 import sys
 import time
@@ -77,7 +76,7 @@ def distill(
     start_s = time.perf_counter()
     trained_graph(generator)  # says first whether the model can be trained at all
     with processes.process_group():
-        task = _task(generator, settings)
+        task = make_task(generator, settings)
         checkpoints = None
         if work is not None:
             key = key_of(
@@ -95,10 +94,8 @@ def distill(
             generator, recipe, solution, task.predictor, task.place_steps, learn_scales=settings.scale_lr > 0,
             learn_activation_scales=settings.scale_lr > 0,
         )  # fmt: skip
-        share = settings.batch // processes.world()
-        one = next(held.batches(1))
-        parts = processes.world() if settings.sharded else 1
-        require_memory(estimate_bytes(student, one, share, settings.ema > 0, parts), processes.world())
+        needed = estimate_bytes(student, next(held.batches(1)), settings, processes.world(), len(held))
+        require_memory(needed, settings, processes.world())
         trainer = Trainer(student, task.predictor(generator), task, (trained_on, held), settings, checkpoints)
         trained = trainer.run(progress, resumed)
     found = replace(
@@ -121,13 +118,18 @@ def distill(
         "resumed_after": trainer.resumed_after,
         "wall_s": round(time.perf_counter() - start_s, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": processes.launched(),
         "threads": torch.get_num_threads(),
     }
     return Distilled(found, report)
 
 
-def _task(generator: Generator, settings: DistillSettings) -> Task:
+def make_task(generator: Generator, settings: DistillSettings) -> Task:
+    """What the model is taught.
+
+    Raises:
+        InputError: weights of scales that do not fit the model.
+    """
     if generator.denoise is None:
         return TokenTask(generator, settings.loss, settings.scale_weights)
     if settings.scale_weights is not None:

@@ -17,6 +17,9 @@ An absolute rate would have to know the model's width; 5e-4 on weights of rms 0.
 DEFAULT_SCALE_LR = 0.007
 """Of scales, relative likewise. One step of fp16 is 0.0005 … 0.001 of a scale."""
 
+JUDGE_BATCH = 16
+"""Held-out samples that go through teacher and student at once."""
+
 
 @dataclass(frozen=True)
 class DistillSettings:
@@ -44,6 +47,8 @@ class DistillSettings:
         cached: keep the teacher's outputs on disk and ask it once for each sample; four bytes for each of its numbers.
         sharded: of several processes, each keeps a part of latent weights, gradients and moments (FSDP2), instead of
             all of them (DistributedDataParallel).
+        offload: keep Adam's two moments in a file of the work folder, which the system reads and writes as memory
+            allows, instead of in memory; eight bytes of disk for each trained number, the same result.
         bf16: compute matrix products in bfloat16; weights, losses and the optimiser stay float32.
 
     Raises:
@@ -70,6 +75,7 @@ class DistillSettings:
     recompute: bool = False
     cached: bool = False
     sharded: bool = False
+    offload: bool = False
     bf16: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +91,14 @@ class DistillSettings:
                 raise InputError(f"distillation: {name} is {getattr(self, name)}; it must lie in 0 … 1, 1 excluded")
         if self.samples <= self.held_out:
             raise InputError(f"distillation: {self.samples} samples, {self.held_out} held out: nothing to train on")
+        if self.warmup >= self.steps:
+            raise InputError(
+                f"distillation: warmup takes {self.warmup} of {self.steps} steps; the rate never gets there"
+            )
+        if self.offload and self.sharded:
+            raise InputError(
+                "distillation: offload and sharded exclude each other; sharded divides the moments already"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the manifest and for keys of checkpoints."""

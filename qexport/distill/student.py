@@ -51,6 +51,11 @@ class Overlay(TorchFunctionMode):
         self._weights, self._inputs = weights, inputs
         self.seen: set[int] = set()
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """The replacements."""
+        return list(self._weights.values())
+
     def again(self) -> Overlay:
         """The same once more, for a stretch that is computed a second time in the backward pass."""
         return Overlay(self._weights, self._inputs)
@@ -145,6 +150,11 @@ class Student(nn.Module):
         processes.divide(self._rounders)
         for weight in self._weights:
             weight.requires_grad_(False).data = torch.empty(0)
+
+    @property
+    def rounded(self) -> list[Tensor]:
+        """The rounded weights (O, I) of the latest forward pass; none before the first."""
+        return self._current.weights if self._current is not None else []
 
     @property
     def activations(self) -> dict[str, Activation]:

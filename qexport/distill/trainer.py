@@ -24,16 +24,16 @@ from qexport.distill.average import Average
 from qexport.distill.cached import CachedTeacher
 from qexport.distill.checkpoints import Checkpoints
 from qexport.distill.data import Samples
-from qexport.distill.recompute import recomputed
-from qexport.distill.settings import DistillSettings
-from qexport.distill.student import Student, trained_graph
+from qexport.distill.offload import OffloadedMoments
+from qexport.distill.recompute import computing, precision
+from qexport.distill.settings import JUDGE_BATCH, DistillSettings
+from qexport.distill.student import Student
 from qexport.distill.tasks import Batch, Task
 from qexport.errors import InputError
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.solution import Activation
 
 CHECKPOINT = "training.pt"
-JUDGE_BATCH = 16
 
 Progress = Callable[[int, int, float, float], None]
 """Told (steps done, steps in all, loss of the last batch, latest figure on held-out samples)."""
@@ -86,6 +86,11 @@ class Trainer:
             student.divide()
         self._trained = [p for p in student.parameters() if p.requires_grad]
         self._optimiser = torch.optim.AdamW(_groups(student, settings), lr=1.0, weight_decay=0.0)
+        self._offloaded: OffloadedMoments | None = None
+        if settings.offload:
+            if checkpoints is None:
+                raise InputError("distillation: an offloaded optimiser needs a folder to keep its moments in (work)")
+            self._offloaded = OffloadedMoments(self._optimiser, checkpoints.folder)
         self._rates = [group["lr"] for group in self._optimiser.param_groups]
         self._average = Average(self._trained, settings.ema) if settings.ema else None
         self._judged_by: list[Tensor] | None = None
@@ -124,8 +129,7 @@ class Trainer:
     def _update(self, model: nn.Module) -> float:
         settings, step = self._settings, self._step
         batch = processes.share(self._data.batch(step, settings.batch, settings.seed))
-        blocks = _blocks(self._student) if settings.recompute else []
-        with self._precision(), recomputed(blocks, self._student.again):
+        with computing(self._student, settings):
             teacher = self._teach(batch, step)
             output = model(*batch)
         if not output.requires_grad:
@@ -163,7 +167,7 @@ class Trainer:
         for first in range(0, len(batches), processes.world()):
             number = first + processes.rank()
             batch = batches[min(number, len(batches) - 1)]  # a divided student computes only if all processes ask it
-            with self._precision():
+            with precision(self._settings):
                 found = self._task.judge(self._teacher(*batch), self._student(*batch))
             total += found if number < len(batches) else 0
         errors, count = processes.summed(total).tolist()
@@ -178,9 +182,6 @@ class Trainer:
         judged = self.history.judged
         number = next((i for i, entry in enumerate(judged) if entry == self.history.best), 0) if judged else 0
         return 0 < self._settings.patience < len(judged) - number
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self._settings.bf16)
 
     def _diverged(self, loss: float, norm: float) -> str:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
@@ -216,6 +217,8 @@ class Trainer:
         student = self._student
         student.restore(state["student"])
         self._optimiser.load_state_dict(_divided(state["optimiser"], self._optimiser))
+        if self._offloaded is not None:
+            self._offloaded.adopt()
         if self._average is not None:
             self._average.values = [
                 processes.part(value, like) for value, like in zip(state["average"], self._trained, strict=True)
@@ -247,12 +250,6 @@ def _groups(student: Student, settings: DistillSettings) -> list[dict[str, Any]]
                 rms = float(processes.whole(tensor.detach()).square().mean().sqrt())
                 groups.append({"params": [tensor], "lr": rate * rms})
     return groups
-
-
-def _blocks(student: Student) -> list[nn.Module]:
-    """The modules of the trained graph that repeat: what is worth computing twice."""
-    graph = student.generator.graph(trained_graph(student.generator))
-    return [module for part in graph.all_parts if len(part.modules) > 1 for module in part.modules]
 
 
 def _gathered(state: dict[str, Any]) -> dict[str, Any]:
