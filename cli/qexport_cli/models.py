@@ -25,14 +25,16 @@ def models(json: JsonOption = False) -> None:
     Says where the weights of each come from, under which licence, and whether they are here.
     """
     with work():  # torch is imported here, and what it prints belongs on stderr
-        from qexport_models.checkpoints import checkpoint_folder
+        from qexport_models.checkpoints import BUNDLED, checkpoint_folder
         from qexport_models.published import is_cached
 
         from qexport.family import families
 
         folder = checkpoint_folder()
         files = {file for family in families() for entry in family.entries if not entry.bundled for file in entry.files}
-        here = {file for file in files if (folder / file).is_file() or is_cached(file)}
+        # Bundled file by file: a reference model that is not may still have a decoder that is.
+        places = (BUNDLED, folder)
+        here = {file for file in files if any((place / file).is_file() for place in places) or is_cached(file)}
         rows: list[dict[str, Any]] = [
             {
                 "name": entry.name,

@@ -1,8 +1,10 @@
 """`calibrate`: measure every form of a layer on the device at hand, and make its table for `lower --optimize`.
 
 For each shape [K, N] and number of rows, all forms take turns in one process (A B C A B C …), as contenders of `bench`
-do; the median of a form's runs counts. Rows go from one token to a large batch. Short calls are repeated within a turn,
-so that a turn is longer than the clock's grain and than what a thread takes to wake up.
+do; a form's time in a round is the median of its turns. Rounds go over all rows one after another, so that drift of the
+machine shows between them: the median of a form's rounds counts, the fastest and the slowest bound what noise can do.
+Rows go from one token to a large batch. Short calls are repeated within a turn, so that a turn is longer than the
+clock's grain and than what a thread takes to wake up.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ ROWS = (1, 4, 16, 64, 256, 1024)
 SHAPES = ((1024, 1024), (1024, 4096), (4096, 1024))
 """(K, N): attention's projection and the two of a feed-forward layer, of a model as wide as var-d16."""
 
-TURNS = 7
+ROUNDS = 3
+"""Where two forms take the same time, all rounds of one are faster than all rounds of the other in one case of twenty:
+3! · 3! / 6!. `lower --optimize` takes a gain for real only then."""
+TURNS = 5
 SHORTEST_TURN_S = 2e-3
 
 Progress = Callable[[str, int, int], None]
@@ -57,7 +62,7 @@ def calibrate(
         threads: CPU threads; None leaves it to ONNX Runtime.
         rows: numbers of rows.
         shapes: (inputs, outputs) of layers.
-        turns: how often each form is timed, after once that does not count.
+        turns: how often each form is timed in each of `ROUNDS` rounds, after once that does not count.
         progress: told how far it is.
 
     Raises:
@@ -76,19 +81,26 @@ def calibrate(
                 layers[name] = _Layer(form, inputs, outputs, chosen, threads)
             except QexportError as error:
                 failed[name] = first_line(error)
+        rounds = [{count: _in_turns(layers, count, turns, failed) for count in rows} for _ in range(ROUNDS)]
         for count in rows:
-            timings += [
-                Timing(name, count, inputs, outputs, round(us, 2))
-                for name, us in _in_turns(layers, count, turns, failed).items()
-            ]
+            for name in layers:
+                medians = [each[count][name] for each in rounds if name in each[count]]
+                if len(medians) == ROUNDS:
+                    timings.append(timing(name, count, inputs, outputs, medians))
     tell("calibrate", len(shapes), len(shapes))
     if not timings:
         raise InputError(f"{chosen} refused every form ({'; '.join(failed.values())})")
     source = (
         f"qexport bench --calibrate-device: onnxruntime {onnxruntime.__version__}, serve options, "
-        f"{threads or 'default'} threads, median of {turns} turns"
+        f"{threads or 'default'} threads, median of {ROUNDS} rounds of {turns} turns"
     )
     return Calibrated(DeviceTable(device, chosen, source, tuple(timings)), cached_path(device, chosen), failed)
+
+
+def timing(form: str, rows: int, inputs: int, outputs: int, medians_us: Sequence[float]) -> Timing:
+    """The line of a table, from the medians of all rounds (microseconds)."""
+    least, us, greatest = (round(f(medians_us), 2) for f in (min, statistics.median, max))
+    return Timing(form, rows, inputs, outputs, us, least, greatest)
 
 
 class _Layer:
@@ -115,7 +127,7 @@ class _Layer:
 
 
 def _in_turns(layers: dict[str, _Layer], rows: int, turns: int, failed: dict[str, str]) -> dict[str, float]:
-    """Microseconds of each form, median over turns."""
+    """Microseconds of each form in one round, median over turns."""
     runs: dict[str, tuple[Callable[[], None], int]] = {}
     for name, layer in layers.items():
         run = layer.bound(rows)

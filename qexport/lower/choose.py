@@ -5,11 +5,12 @@ A layer stored as codes can be run as it is stored, or as a constant weight that
 weight must be read and codes are a quarter of it; at thousands the unpacking of codes is work on top. So for every
 layer the rows of all calls of a batch are found (`qexport.lower.work`), and the times of its forms summed over them:
 
-    latency     the form that takes less time
+    latency     the form that takes less time, by more than the table's spread
     memory      as stored: what is dequantised takes four to eight times the memory
     balanced    as stored, unless the other form takes less than 1 / `BALANCED_GAIN` of the time
 
-A form that the table does not have is never chosen, and the report says so.
+A form that the table does not have is never chosen, and the report says so. Nor is one whose gain may be noise: a form
+counts as faster only if its slowest round takes less than the fastest round of the codes (`device_table.Timing`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from qexport.bundle import Bundle
 from qexport.errors import InputError
 from qexport.lower.work import GraphWork
 from qexport.scheme import PerToken
-from qexport.targets.device_table import DeviceTable
+from qexport.targets.device_table import DeviceTable, Figure
 from qexport.targets.fusion import weight_of
 
 MODES = ("latency", "memory", "balanced")
 
 BALANCED_GAIN = 1.25
-"""So many times faster a layer must become to be worth its memory; below it, the noise of a table could decide."""
+"""So many times faster a layer must become to be worth its memory."""
 
 STORED_ALIKE = {"int3": "int4", "int6": "int8"}
 """Formats that lie in the codes of another run as that one."""
@@ -108,6 +109,14 @@ def _choice(row: Mapping[str, Any], work: GraphWork, table: DeviceTable, mode: s
     gain = times[stored] / times[dense]
     if gain <= 1:
         return made(stored, f"as stored it takes {gain:.2f} of the time of {dense}", times)
+    # What the table cannot tell apart stays as it is: no memory is paid for noise, and the next table says the same.
+    fastest = _total(table, stored, rows, inputs, outputs, "low_us")
+    slowest = _total(table, dense, rows, inputs, outputs, "high_us")
+    assert fastest is not None  # both forms are in the table
+    assert slowest is not None
+    if fastest <= slowest:
+        doubt = f"{dense} {gain:.2f} times as fast, up to {gain * slowest / fastest:.2f} may be noise"
+        return made(stored, f"within the spread: kept as stored ({doubt})", times)
     if mode == "balanced" and gain < BALANCED_GAIN:
         return made(stored, f"{dense} would be {gain:.2f} times as fast, too little for its memory", times)
     return made(dense, f"{gain:.2f} times as fast as {stored}", times)
@@ -129,9 +138,11 @@ def _kind(activation: object) -> str:
     return "fp8" if str(activation).startswith("fp8") else str(activation)
 
 
-def _total(table: DeviceTable, form: str, rows: Mapping[int, int], inputs: int, outputs: int) -> float | None:
-    """Microseconds of all calls of a batch."""
-    times = [(table.time_us(form, count, inputs, outputs), calls) for count, calls in rows.items()]
+def _total(
+    table: DeviceTable, form: str, rows: Mapping[int, int], inputs: int, outputs: int, figure: Figure = "us"
+) -> float | None:
+    """Microseconds of all calls of a batch; a bound is that of calls that are all as fast, or slow, as they may be."""
+    times = [(table.time_us(form, count, inputs, outputs, figure), calls) for count, calls in rows.items()]
     known = [(time, calls) for time, calls in times if time is not None]
     return sum(time * calls for time, calls in known) if len(known) == len(times) else None
 

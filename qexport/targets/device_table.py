@@ -8,6 +8,8 @@ A form is what multiplies by the weight [K, N], K inputs and N outputs, on M row
     int8-static-folded   the same Q/DQ on activations in front of a constant weight that was dequantised at load
     fp8-static           fp8 weights and activations of a known scale, as the provider runs them
 
+A time is the median of the medians of several rounds; the least and the greatest of these bound what noise can do.
+
 Tables that come with qexport lie in `tables/`; ``qexport bench --calibrate-device`` measures one for a device.
 """
 
@@ -21,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qexport.errors import InputError
 
@@ -33,15 +35,53 @@ FOLDER_VARIABLE = "QEXPORT_DEVICES"
 VERSION = 1
 
 
+ASSUMED_SPREAD = 0.025
+"""A time may be off by this share either way where the table has no rounds, as that of the H100.
+
+On it float16 takes 19.625, 20.0 and 20.25 µs at 2, 16 and 128 rows, where the launch counts and not the rows: 3.2 %
+between times that should be one, so 1.6 % either way. Half as much again, since three times do not show the widest
+spread. Two forms must then differ by a factor of 1.025 / 0.975 = 1.051.
+"""
+
+
 @dataclass(frozen=True)
 class Timing:
-    """One form of a layer [inputs, outputs] on so many rows: microseconds, median."""
+    """One form of a layer [inputs, outputs] on so many rows: microseconds, median.
+
+    `least_us` and `greatest_us` are the fastest and the slowest round's; None where there were no rounds.
+    """
 
     form: str
     rows: int
     inputs: int
     outputs: int
     us: float
+    least_us: float | None = None
+    greatest_us: float | None = None
+
+    @property
+    def low_us(self) -> float:
+        """The least that it may take."""
+        return self.us * (1 - ASSUMED_SPREAD) if self.least_us is None else self.least_us
+
+    @property
+    def high_us(self) -> float:
+        """The most that it may take."""
+        return self.us * (1 + ASSUMED_SPREAD) if self.greatest_us is None else self.greatest_us
+
+    @property
+    def possible(self) -> bool:
+        """Whether the figures can be times."""
+        given = [us for us in (self.least_us, self.us, self.greatest_us) if us is not None]
+        return self.rows > 0 and all(us > 0 for us in given) and given == sorted(given)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; without the rounds' where there were none."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+Figure = Literal["us", "low_us", "high_us"]
+"""Which of a timing's: the median, or one of its bounds."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +98,14 @@ class DeviceTable:
         """The forms that were measured."""
         return frozenset(timing.form for timing in self.timings)
 
-    def by_shape(self) -> dict[tuple[str, int, int], dict[int, float]]:
+    def by_shape(self, figure: Figure = "us") -> dict[tuple[str, int, int], dict[int, float]]:
         """(form, inputs, outputs) → rows → microseconds."""
         found: dict[tuple[str, int, int], dict[int, float]] = {}
         for t in sorted(self.timings, key=lambda t: t.rows):
-            found.setdefault((t.form, t.inputs, t.outputs), {})[t.rows] = t.us
+            found.setdefault((t.form, t.inputs, t.outputs), {})[t.rows] = getattr(t, figure)
         return found
 
-    def time_us(self, form: str, rows: int, inputs: int, outputs: int) -> float | None:
+    def time_us(self, form: str, rows: int, inputs: int, outputs: int, figure: Figure = "us") -> float | None:
         """An estimate for a layer that was not measured itself; None if the form was not.
 
         From the measured shape whose number of weights is nearest, in proportion to the number of weights; between
@@ -76,17 +116,17 @@ class DeviceTable:
             return None
         shapes = [(k, n) for name, k, n in self.by_shape() if name == form]
         k, n = min(shapes, key=lambda shape: abs(math.log(shape[0] * shape[1] / (inputs * outputs))))
-        times = self.by_shape()[form, k, n]
+        times = self.by_shape(figure)[form, k, n]
         return _at(times, rows) * inputs * outputs / (k * n)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as the file has it."""
-        return {"version": VERSION, **asdict(self)}
+        return {"version": VERSION, **asdict(self), "timings": [timing.to_json() for timing in self.timings]}
 
     def dumps(self) -> str:
         """The file: one timing a line."""
         head = {**self.to_json(), "timings": []}
-        lines = ",\n  ".join(json.dumps(asdict(timing)) for timing in self.timings)
+        lines = ",\n  ".join(json.dumps(timing.to_json()) for timing in self.timings)
         return json.dumps(head, indent=1).replace('"timings": []', f'"timings": [\n  {lines}\n ]') + "\n"
 
 
@@ -99,7 +139,7 @@ def read_table(path: Path) -> DeviceTable:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         timings = tuple(Timing(**timing) for timing in data["timings"])
-        if data["version"] != VERSION or not timings or any(not t.us > 0 or t.rows < 1 for t in timings):
+        if data["version"] != VERSION or not timings or not all(t.possible for t in timings):
             raise ValueError("wrong version or figures")
         return DeviceTable(data["device"], data["provider"], data["source"], timings)
     except OSError as error:
