@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Resident memory by kind: `anonymous` is this process's own; `file` are pages of mapped files.
+
+    The kernel can drop pages of files when memory is short, and processes that map the same file share them.
+    """
+
+    anonymous: int
+    file: int
+
+    def above(self, other: Resident) -> Resident:
+        """What has been added since `other`."""
+        return Resident(self.anonymous - other.anonymous, self.file - other.file)
 
 
 def resident_bytes() -> int | None:
@@ -15,6 +31,12 @@ def resident_bytes() -> int | None:
 def peak_bytes() -> int | None:
     """The most resident memory so far."""
     return _status("VmHWM")
+
+
+def resident_by_kind() -> Resident | None:
+    """Resident memory now, the process's own apart from that of mapped files."""
+    anonymous, file = _status("RssAnon"), _status("RssFile")
+    return None if anonymous is None or file is None else Resident(anonymous, file)
 
 
 def _status(key: str) -> int | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnxruntime
 
 from qexport.errors import BundleError, InputError
+from qexport.runtime.heap import give_back_freed
 from qexport.targets import SessionConfig
 from qexport.targets.ort_cuda import device_count
 
@@ -38,7 +39,7 @@ def choose_provider(wanted: str) -> str:
 def make_session(
     file: Path, root: Path, config: SessionConfig, threads: int | None = None
 ) -> onnxruntime.InferenceSession:
-    """A session for one graph of the bundle in folder `root`.
+    """A session for one graph of the bundle in folder `root`; memory that was needed to make it is given back.
 
     Args:
         file: the .onnx file.
@@ -51,7 +52,9 @@ def make_session(
         BundleError: ONNX Runtime cannot load the graph.
     """
     options = session_options(config, threads)
-    return open_session(model_of(file, root, options), options, config, str(file))
+    session = open_session(model_of(file, root, options), options, config, str(file))
+    give_back_freed()
+    return session
 
 
 def session_options(config: SessionConfig, threads: int | None = None) -> onnxruntime.SessionOptions:
