@@ -12,14 +12,26 @@ from pathlib import Path
 
 from qexport.bundle import Bundle
 from qexport.errors import BundleError, InputError
-from qexport.family import Generator
+from qexport.family import FeatureExtractor, Generator
 from qexport.runtime.session import choose_provider
 from qexport.verify.checks import Place, Progress, failed
 from qexport.verify.environment import describe_environment
 from qexport.verify.images import open_images
 from qexport.verify.report import VerifyReport
 from qexport.verify.report_files import write_reports
-from qexport.verify.rungs import Rungs
+from qexport.verify.rungs import (
+    Climb,
+    add_pictures,
+    add_speed,
+    check_frechet,
+    check_placement,
+    check_quality,
+    check_trajectories,
+    check_weights,
+    choose_effort,
+    describe_bundle,
+    find_models,
+)
 
 
 def verify(
@@ -36,6 +48,7 @@ def verify(
     every: int = 1,
     quality: bool = False,
     fd_images: int = 1000,
+    extractor: FeatureExtractor | None = None,
     max_kl: float | None = None,
     max_fd: float | None = None,
     checkpoint: str | None = None,
@@ -61,6 +74,7 @@ def verify(
         every: take every n-th of them only.
         quality: also generate `fd_images` images and measure their Fréchet distance.
         fd_images: see `quality`.
+        extractor: gives the features of that distance and the statistics of real images; None takes the model's own.
         max_kl: fail above this KL(fp ‖ quantised), nats per token. None only reports it.
         max_fd: fail above this Fréchet distance; implies `quality`. None only reports it.
         checkpoint: file of the generator's weights, where it is neither bundled nor downloaded.
@@ -90,24 +104,25 @@ def verify(
     if target is not None:
         bundle.graph_files(target)  # likewise one that the bundle was not lowered to
         report.settings["target"] = target
-    ladder = Rungs(bundle, chosen, report, tell, batch, seed, target)
+    climb = Climb(bundle, chosen, report, tell, batch, seed, target)
+    describe_bundle(climb)
     info = bundle.manifest.model
     given = open_images(images, size=info.image_size, num_classes=info.num_classes, every=every) if images else None
-    models = ladder.load(generator, checkpoint, vae_checkpoint)
-    ladder.choose_effort(models, samples, schedule)
+    models = find_models(climb, generator, checkpoint, vae_checkpoint)
+    choose_effort(climb, models, samples, schedule)
     if max_kl is not None and models is not None and models.full.draw is None:
         raise InputError(f"a limit on KL has no meaning for {info.name}, which draws no tokens; leave it out")
-    ladder.weights(models)
-    ladder.trajectories(models)
-    ladder.placement()
-    ladder.quality(models, given, max_kl)
+    check_weights(climb, models)
+    check_trajectories(climb, models)
+    check_placement(climb)
+    drawn = check_quality(climb, models, given, max_kl)
     if quality or max_fd is not None:
-        ladder.frechet(models, fd_images, max_fd, schedule)
+        check_frechet(climb, models, extractor, fd_images, max_fd, schedule)
     if speed:
-        ladder.speed()
+        add_speed(climb)
     if reports:
         tell("report", 0, 1)
-        ladder.pictures(models)
+        add_pictures(climb, models, drawn)
         write_reports(report, bundle.reports)
     tell("report", 1, 1)
     return report

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import Sign, climb, failure
+from damage import DAMAGES, LAYER, TWIN, PlaceOf, Sign, change, check, climb, failure
 
 from qexport.bundle import Bundle
 from qexport.export import export
@@ -16,12 +15,8 @@ from qexport.family import Generator
 from qexport.recipe import Calibration, Recipe, Rule
 from qexport.scheme import preset
 from qexport.solve import solve
-from qexport.verify import VerifyReport, verify
 from qexport.verify.checks import Place
 from qexport.verify.solved_codes import NAME, SolvedCodes, check_solved
-
-LAYER, TWIN = "blocks.1.ffn.fc2", "blocks.0.ffn.fc2"
-PlaceOf = Callable[[Path, str], tuple[int, int]]
 
 
 @pytest.fixture(scope="module")
@@ -38,36 +33,17 @@ def damaged(solved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(solved, tmp_path / "damaged"))
 
 
-def check(root: Path, generator: Generator) -> VerifyReport:
-    return verify(root, generator=generator, provider="cpu", samples=1, batch=1, speed=False, reports=False)
-
-
-def change(root: Path, place: tuple[int, int], to: Callable[[np.ndarray], np.ndarray]) -> None:
-    data = np.fromfile(root / "weights.data", np.uint8)
-    part = slice(place[0], place[0] + place[1])
-    data[part] = to(data[part])
-    data.tofile(root / "weights.data")
-
-
 def test_sound(solved: Path, generator: Generator) -> None:
     report = check(solved, generator)
     assert report.passed, [(found.name, found.detail) for found in report.failures]
     assert next(found for found in report.checks if found.name == NAME).detail.startswith("2 layers")
 
 
-def test_swapped_nibbles(damaged: Path, generator: Generator, sign_again: Sign, place_of: PlaceOf) -> None:
-    change(damaged, place_of(damaged, f"{LAYER}.weight"), lambda part: (part >> 4) | (part << 4))
-    sign_again(damaged)
-    assert str(failure(climb(damaged, generator), NAME).place) == f"step/{LAYER}"
-
-
-def test_one_scale_doubled(damaged: Path, generator: Generator, sign_again: Sign, place_of: PlaceOf) -> None:
-    def double(part: np.ndarray) -> np.ndarray:
-        scales = part.view("<f2").copy()
-        scales[7] *= 2
-        return scales.view(np.uint8)
-
-    change(damaged, place_of(damaged, f"{LAYER}.weight_scale"), double)
+@pytest.mark.parametrize("tensor", DAMAGES)
+def test_changed_codes_and_scales(
+    damaged: Path, generator: Generator, sign_again: Sign, place_of: PlaceOf, tensor: str
+) -> None:
+    change(damaged, place_of(damaged, tensor), DAMAGES[tensor])
     sign_again(damaged)
     assert str(failure(climb(damaged, generator), NAME).place) == f"step/{LAYER}"
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import Sign, climb, failure
-from test_solved_codes import LAYER, TWIN, PlaceOf, change, check
+from damage import DAMAGES, LAYER, TWIN, PlaceOf, Sign, change, check, climb, failure
 
 from qexport.bundle import Bundle
 from qexport.distill import DistillSettings, distill, drawn_tokens
@@ -58,19 +57,11 @@ def test_without_the_record_its_codes_are_not_those_of_the_recipe(
     assert str(found.place).startswith("step/blocks.")
 
 
-def test_swapped_nibbles(damaged: Path, generator: Generator, sign_again: Sign, place_of: PlaceOf) -> None:
-    change(damaged, place_of(damaged, f"{LAYER}.weight"), lambda part: (part >> 4) | (part << 4))
-    sign_again(damaged)
-    assert str(failure(climb(damaged, generator), NAME).place) == f"step/{LAYER}"
-
-
-def test_one_scale_doubled(damaged: Path, generator: Generator, sign_again: Sign, place_of: PlaceOf) -> None:
-    def double(part: np.ndarray) -> np.ndarray:
-        scales = part.view("<f2").copy()
-        scales[7] *= 2
-        return scales.view(np.uint8)
-
-    change(damaged, place_of(damaged, f"{LAYER}.weight_scale"), double)
+@pytest.mark.parametrize("tensor", DAMAGES)
+def test_changed_codes_and_scales(
+    damaged: Path, generator: Generator, sign_again: Sign, place_of: PlaceOf, tensor: str
+) -> None:
+    change(damaged, place_of(damaged, tensor), DAMAGES[tensor])
     sign_again(damaged)
     assert str(failure(climb(damaged, generator), NAME).place) == f"step/{LAYER}"
 
