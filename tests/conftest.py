@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,17 @@ def w4_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     from qexport.scheme import preset
 
     return quantize("var-c10-d2", scheme=preset(4), out=tmp_path_factory.mktemp("shared") / "var-c10-d2-w4a16")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch on one thread: more only cost at the size of tests, and much where cores are shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

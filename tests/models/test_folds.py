@@ -41,12 +41,7 @@ MODELS: dict[str, tuple[Callable[[], Generator], int]] = {
 """Each with how many places it has: three a block and one at the end; one a block; four a layer."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _calls(generator: Generator) -> list[CallRecord[Tensor]]:

@@ -30,12 +30,7 @@ MODELS: dict[str, tuple[Callable[[], Generator], str | None]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _sampled(generator: Generator, calibration: Calibration) -> dict[str, list[Tensor]]:

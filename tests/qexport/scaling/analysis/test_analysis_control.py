@@ -32,12 +32,6 @@ from qexport.verify.denoise_quality import play_trajectories
 
 
 @pytest.fixture(scope="module")
-def dit():
-    family, entry = find_model("dit-c10-d2")
-    return family.load(entry, None, None)
-
-
-@pytest.fixture(scope="module")
 def book():
     return Codebook.of_latents(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), 32)
 

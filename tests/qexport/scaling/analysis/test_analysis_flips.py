@@ -11,20 +11,9 @@ from scipy import special
 
 from qexport.compare import make_judge
 from qexport.errors import UnsupportedError
-from qexport.family import find_model
 from qexport.scaling.analysis.flips import Draws, codebook, compare_draws, flips
 from qexport.scaling.analysis.moderators import DENOISER_SETTINGS, TOKEN_SETTINGS, moderated, settings_of
 from qexport.scaling.analysis.subject import rounded
-
-
-def load(name: str):
-    family, entry = find_model(name)
-    return family.load(entry, None, None)
-
-
-@pytest.fixture(scope="module")
-def var():
-    return load("var-c10-d2")
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +117,9 @@ def test_the_codebook_is_that_of_the_checkpoint(var):
         codebook(var, 17)
 
 
-def test_settings_fit_the_model(var):
+def test_settings_fit_the_model(var, dit):
     assert settings_of(var) == TOKEN_SETTINGS
-    assert settings_of(load("dit-c10-d2")) == DENOISER_SETTINGS
+    assert settings_of(dit) == DENOISER_SETTINGS
 
 
 def test_greedy_draws_flip_where_the_best_token_changes(var):

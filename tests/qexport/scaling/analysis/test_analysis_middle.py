@@ -10,26 +10,10 @@ import torch
 from tiny_models import tiny_shared_aln
 
 from qexport.errors import UnsupportedError
-from qexport.family import find_model
 from qexport.scaling.analysis.middle import middle_errors
 from qexport.scaling.analysis.streams import Streams
 from qexport.scaling.analysis.subject import rounded, subject_of
 from qexport.verify.denoise_quality import play_trajectories, trajectory_quality
-
-
-def load(name: str):
-    family, entry = find_model(name)
-    return family.load(entry, None, None)
-
-
-@pytest.fixture(scope="module")
-def var():
-    return load("var-c10-d2")
-
-
-@pytest.fixture(scope="module")
-def dit():
-    return load("dit-c10-d2")
 
 
 def test_a_model_does_not_differ_from_itself(var):
