@@ -14,7 +14,7 @@ from qexport.verify.checks import Progress
 from qexport.verify.fd import FrechetResult
 from qexport.verify.inception import FEATURES, LOGITS, WEIGHTS, InceptionExtractor, load_inception
 from qexport.verify.inception_figures import SPLITS, InceptionScore, frechet, inception_score
-from qexport.verify.inception_images import Pictures, open_pictures
+from qexport.verify.inception_images import open_pictures
 from qexport.verify.statistics import Moments, Statistics, read_statistics
 
 BATCH = 50
@@ -85,14 +85,10 @@ def score(
     pictures = open_pictures(images)
     if splits < 1 or pictures.count < 2 * splits:
         raise InputError(f"{pictures.source}: {pictures.count} images; IS in {splits} parts needs {2 * max(splits, 1)}")
-    for path in reference:
-        if not path.exists():
-            raise InputError(f"--reference {path}: no such file or folder")
+    _check_there(reference)
     tell("network", 0, 1)
     extractor = inception if isinstance(inception, InceptionExtractor) else load_inception(inception, provider)
-    real = extractor.reference
-    if reference:
-        real = _read(reference, extractor) or _measure(open_pictures(reference), pictures, extractor, batch, tell)
+    real = _statistics(reference, extractor, pictures.size, batch, tell) if reference else extractor.reference
     features_ND = np.empty((pictures.count, FEATURES), np.float32)
     logits_NC = np.empty((pictures.count, LOGITS), np.float32)
     moments, done = Moments(FEATURES), 0
@@ -117,22 +113,55 @@ def score(
     )
 
 
-def _read(reference: Sequence[Path], extractor: InceptionExtractor) -> Statistics | None:
-    """The statistics where the reference is one file of them."""
+def open_extractor(
+    inception: Path,
+    reference: Sequence[Path],
+    size: tuple[int, int],
+    *,
+    batch: int = BATCH,
+    provider: str = "auto",
+    progress: Progress | None = None,
+) -> InceptionExtractor:
+    """The network with the statistics of real images, to be handed to what takes a `qexport.family.FeatureExtractor`.
+
+    Args:
+        inception: file of the weights.
+        reference: as of `score`; at least one.
+        size: height and width of the images that will be judged.
+        batch: images at a time.
+        provider: see `load_inception`.
+        progress: told how far it is.
+
+    Raises:
+        InputError: a file is missing, damaged or does not fit.
+    """
+    _check_there(reference)
+    extractor = load_inception(inception, provider)
+    tell = progress or (lambda stage, done, total: None)
+    extractor.reference = _statistics(reference, extractor, size, batch, tell)
+    return extractor
+
+
+def _check_there(reference: Sequence[Path]) -> None:
+    for path in reference:
+        if not path.exists():
+            raise InputError(f"--reference {path}: no such file or folder")
+
+
+def _statistics(
+    reference: Sequence[Path], extractor: InceptionExtractor, size: tuple[int, int], batch: int, tell: Progress
+) -> Statistics:
+    """Those in a file, or those of real images of that size."""
     found = [read_statistics(path, FEATURES, extractor.weights_sha256) for path in reference]
     if len(found) > 1 and any(found):
         raise InputError("--reference: one file of statistics, or files and folders of images, not both")
-    return found[0]
-
-
-def _measure(
-    real: Pictures, pictures: Pictures, extractor: InceptionExtractor, batch: int, tell: Progress
-) -> Statistics:
-    """The statistics of real images."""
-    if real.size != pictures.size:
-        sides = " and ".join(f"{width}×{height}" for height, width in (real.size, pictures.size))
+    if found and found[0] is not None:
+        return found[0]
+    real = open_pictures(reference)
+    if real.size != size:
+        sides = f"{real.size[1]}×{real.size[0]}, those to judge {size[1]}×{size[0]}"
         raise InputError(
-            f"{real.source} and {pictures.source}: images are {sides}; resize the real ones as the model's were, "
+            f"--reference {real.source}: images are {sides}; resize them as the model's were, "
             "or pass published statistics"
         )
     moments, done = Moments(FEATURES), 0

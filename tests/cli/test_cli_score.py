@@ -128,7 +128,7 @@ def test_wrong_input_is_one_line(run, load, drawn, real, tmp_path):
         ([drawn, large], "images are 8×8, those of"),
         ([drawn, "--splits", 21], "IS in 21 parts needs 42"),
         ([drawn, "--reference", "gone"], "--reference gone: no such file or folder"),
-        ([drawn, "--reference", large], "images are 8×8 and 4×4; resize"),
+        ([drawn, "--reference", large], "images are 8×8, those to judge 4×4; resize"),
         ([drawn, "--reference", stats], "of other features; they must be (2048,)"),
         ([drawn, "--reference", stats, "--reference", real], "of other features"),
         ([drawn, "--save", tmp_path], "name a file"),

@@ -18,8 +18,9 @@ from inception_support import Stand, blocks, write_folder
 
 from qexport.checkpoint import sha256
 from qexport.errors import CheckpointError, InputError
+from qexport.verify import inception_run
 from qexport.verify.inception import WEIGHTS_SHA256, InceptionExtractor, choose_device, fit, load_inception
-from qexport.verify.inception_run import score
+from qexport.verify.inception_run import open_extractor, score
 
 AGREEMENT = 1e-4
 """Relative, of FID. torch-fidelity takes roots of 2048 eigenvalues of a product that has rank 3. Those that are zero
@@ -169,6 +170,25 @@ class TestExtractor:
         assert not np.array_equal(extractor.features(images.flip(1)).numpy(), features)
         with pytest.raises(InputError, match="no statistics of real images"):
             _ = extractor.mu
+
+    def test_brings_statistics_of_real_images(self, monkeypatch, tmp_path):
+        loading = lambda path, provider: InceptionExtractor(Stand(), WEIGHTS_SHA256)  # noqa: E731
+        monkeypatch.setattr(inception_run, "load_inception", loading)
+        pixels = blocks(6, 1, (0.8, 0.8, 0.6))
+        folder = write_folder(tmp_path / "real", pixels)
+        extractor = open_extractor(tmp_path / "w.pth", [folder], (4, 4), batch=4)
+        features = loading(None, None).observe(pixels)[0].astype(np.float64)
+        np.testing.assert_allclose(extractor.mu, features.mean(axis=0), atol=1e-6)
+        np.testing.assert_allclose(extractor.cov, np.cov(features, rowvar=False), atol=1e-4)
+        other = [write_folder(tmp_path / "other", blocks(20, 2, (1, 0.6, 0.2)))]
+        own, given = score(other, extractor).fid, score(other, loading(None, None), [folder]).fid
+        assert own is not None
+        assert given is not None
+        assert own.value == pytest.approx(given.value, rel=1e-6)  # batches of other sizes round otherwise
+        with pytest.raises(InputError, match="4×4, those to judge 8×4"):
+            open_extractor(tmp_path / "w.pth", [folder], (4, 8))
+        with pytest.raises(InputError, match=r"--reference .*gone: no such"):
+            open_extractor(tmp_path / "w.pth", [tmp_path / "gone"], (4, 4))
 
     def test_devices(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
