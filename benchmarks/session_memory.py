@@ -6,14 +6,14 @@
 A bundle and its float32 twin are loaded under several settings of ONNX Runtime, each in a process of its own, one
 thread. Shown is resident memory above the same process before any session, in MB of 10⁶ bytes:
 
-    floor     the weights as the kernels read them (codes and scales, or floats): what no session can be smaller than
-    load      when all sessions were made
-    trim      after `malloc_trim(0)`: the difference was free, but the C library had not given it back; qexport does
-              this for every session that it makes, and here it is shown apart
-    batch n   after a batch of n (the plan's first `--calls` calls), which leaves the arena of activations behind
-    file      the part of the last figure that is pages of mapped files, which the kernel can drop
+    floor      the weights as the kernels read them (codes and scales, or floats): what no session can be smaller than
+    a graph    when its session was made, on top of those before
+    …, trim    after `malloc_trim(0)`: the difference was free, but the C library had not given it back; qexport does
+               this for every session that it makes, and here it is shown apart
+    batch n    after two batches of n (the plan's first `--calls` calls), which leave the arena of activations behind
 
-Figures are "anonymous + file". How busy the machine is does not change them.
+Figures are "anonymous + file": the process's own pages, and pages of mapped files, which the kernel can drop.
+How busy the machine is does not change them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import json
 import multiprocessing
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 SEED = 0
 MB = 1e6
-EMPTY, LOADED, TRIMMED = "empty", "load", "trim"
+TRIMMED = "trim"
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,14 @@ def measure(pipe: Connection, bundle: str, twin: str | None, case: Case, batches
     for graph, file in opened.graph_files().items():
         traits = QuantTraits() if twin else quant_traits(opened.manifest, graph)
         config = session_config("cpu", "serve", traits)
+        config = replace(config, entries={**config.entries, **case.entries})
         options = session_options(config, 1)
         options.enable_cpu_mem_arena, options.enable_mem_pattern = case.arena, case.pattern
-        for key, value in case.entries.items():
-            options.add_session_config_entry(key, value)
         path = root / FOLDER / f"{graph}.onnx" if twin else file
         sessions[graph] = open_session(model_of(path, root, options), options, config, str(path))
         note(graph)
-    note(LOADED)
-    give_back_freed()
-    note(TRIMMED)
+        give_back_freed()
+        note(f"{graph}, {TRIMMED}")
     player = Player(opened.plan, OrtBackend(sessions, "cpu"), opened.tables())
     for batch in batches:
         labels = some_labels(player, batch, opened.manifest.model.num_classes)

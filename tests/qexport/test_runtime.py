@@ -165,6 +165,8 @@ def test_option_sets():
     level = "session.qdq_matmulnbits_accuracy_level"
     assert session_config("cpu", "exact", QuantTraits()).entries[level] == "0"
     assert session_config("cpu", "serve", QuantTraits()).entries[level] == "4"
+    for options in ("exact", "serve"):
+        assert session_config("cpu", options, QuantTraits()).entries["session.intra_op.allow_spinning"] == "0"
     assert session_config("cpu", "serve", QuantTraits(fp8)).entries["session.disable_quant_qdq"] == "1"
     assert "session.disable_quant_qdq" not in session_config("cpu", "serve", QuantTraits(int4)).entries
     assert session_config("cuda", "exact", QuantTraits()).provider_options == {"use_tf32": "0"}
