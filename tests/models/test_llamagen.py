@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +13,8 @@ from qexport_models.llamagen.model import GPT
 from qexport_models.llamagen.rope import rope_table
 from qexport_models.llamagen.token_step import TokenStep
 from qexport_models.sampling import filter_logits
-from safetensors.torch import load_file
+from support import published_lists, tensors
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 CONFIG = GPTConfig(depth=2, heads=4, width=64, length=16, vocab_size=64, num_classes=10)
 LIMIT = 2e-5  # DESIGN.md, idea 4: fp32 compute, teacher-forced
 MODES = {"greedy": (4.0, -1, 1, 0.0), "sampled": (2.0, -1, 20, 0.9)}
@@ -27,12 +23,12 @@ MODES = {"greedy": (4.0, -1, 1, 0.0), "sampled": (2.0, -1, 20, 0.9)}
 
 @pytest.fixture(scope="module")
 def data() -> dict[str, torch.Tensor]:
-    return load_file(FIXTURES / "llamagen-tiny-shared.safetensors")
+    return tensors("llamagen-tiny-shared")
 
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, Any]:
-    return json.loads(gzip.decompress((FIXTURES / "keys" / "llamagen.json.gz").read_bytes()))
+    return published_lists("llamagen")
 
 
 def build(data: dict[str, torch.Tensor]) -> GPT:

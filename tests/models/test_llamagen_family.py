@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from qexport_models.llamagen.model import GPT
 from qexport_models.llamagen.vq import VQ
 from qexport_models.published import PUBLISHED
 from qexport_models.strict_load import build_strict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from support import published_lists, state_of, tensors
 
 import qexport.graph.capture as capture
 import qexport.runtime as runtime
@@ -32,7 +31,6 @@ from qexport.reference.backend import torch_player
 from qexport.runtime import CallRecord, Player
 from qexport.scheme import preset
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 GPT_CONFIG = GPTConfig(depth=2, heads=4, width=64, length=16, vocab_size=64, num_classes=10)
 VQ_CONFIG = VQConfig(ch_mult=(1, 2), codes=64, z_channels=32, ch=32)
 TINY = ModelEntry(
@@ -62,17 +60,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def data() -> dict[str, torch.Tensor]:
-    return load_file(FIXTURES / "llamagen-tiny-shared.safetensors")
+    return tensors("llamagen-tiny-shared")
 
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, Any]:
-    return json.loads(gzip.decompress((FIXTURES / "keys" / "llamagen.json.gz").read_bytes()))
+    return published_lists("llamagen")
 
 
 def weights(file: str) -> dict[str, torch.Tensor]:
-    tensors = load_file(FIXTURES / f"{file}-tiny-shared.safetensors")
-    return {key[3:]: value for key, value in tensors.items() if key.startswith("sd.")}
+    return state_of(tensors(f"{file}-tiny-shared"))
 
 
 def build() -> Generator:
@@ -331,7 +328,7 @@ def test_teacher_forcing(data: dict[str, torch.Tensor]) -> None:
     assert list(quality.scale_lengths) == [16]
     logits = quality.teacher_forced_logits(data["in.cond_idx"], data["in.idx"])
     assert relative_l2(logits.numpy(), data["out.tf_logits"][:, :16].numpy()) <= LIMIT
-    vq = load_file(FIXTURES / "llamagen-vq-tiny-shared.safetensors")
+    vq = tensors("llamagen-vq-tiny-shared")
     assert torch.equal(quality.tokenize((vq["in.img"] + 1) / 2).flatten(), vq["out.indices"])
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +11,8 @@ import torch
 from qexport_models.llamagen.config import VQ_CONFIGS, VQConfig
 from qexport_models.llamagen.decode import Decode
 from qexport_models.llamagen.vq import VQ
-from safetensors.torch import load_file
+from support import published_lists, tensors
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 CONFIG = VQConfig(ch_mult=(1, 2), codes=64, z_channels=32, ch=32)
 SIDE = 4
 LIMIT = 2e-5  # as for logits
@@ -24,7 +20,7 @@ LIMIT = 2e-5  # as for logits
 
 @pytest.fixture(scope="module")
 def data() -> dict[str, torch.Tensor]:
-    return load_file(FIXTURES / "llamagen-vq-tiny-shared.safetensors")
+    return tensors("llamagen-vq-tiny-shared")
 
 
 def build(data: dict[str, torch.Tensor]) -> VQ:
@@ -92,7 +88,7 @@ def test_mutations_fail(data: dict[str, torch.Tensor], mutate: Callable[[VQ], No
 
 @pytest.mark.parametrize(("name", "key"), [("vq-16", "VQ-16"), ("vq-8", "VQ-8")])
 def test_published_layouts_load_strictly(name: str, key: str) -> None:
-    expected = json.loads(gzip.decompress((FIXTURES / "keys" / "llamagen.json.gz").read_bytes()))[key]
+    expected = published_lists("llamagen")[key]
     with torch.device("meta"):
         vq = VQ(VQ_CONFIGS[name])
         vq.load_state_dict({key: torch.empty(shape) for key, shape in expected["shapes"].items()}, strict=True)
