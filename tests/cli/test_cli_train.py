@@ -38,7 +38,7 @@ NAME = "tiny-w2a16-mse-topkld"
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[dict[str, Generator]]:
-    from tiny_var import tiny_var
+    from tiny_var import tiny_var  # pyright: ignore[reportMissingImports]  # found by the line above
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
