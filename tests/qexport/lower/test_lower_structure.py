@@ -104,20 +104,13 @@ def modulation_products(model: ir.Model) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_small_dit(dit_bundle, dtype):
-    model = lowered(dit_bundle.path / "denoise.onnx", dtype)
+@pytest.mark.parametrize(
+    ("bundle", "graph", "block"), [("dit_bundle", "denoise", DIT_BLOCK), ("w4_bundle", "step", VAR_BLOCK)]
+)
+def test_small_models(bundle, graph, block, dtype, request):
+    model = lowered(request.getfixturevalue(bundle).path / f"{graph}.onnx", dtype)
     for number in range(2):
-        check_block(model, number, DIT_BLOCK)
-    check_weights(model, layers=1 + 2 * 4)
-    check_no_bias_before_a_fusable_operator(model)
-    assert len([name for name in modulation_products(model) if "blocks" in name]) == 1
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_small_var(w4_bundle, dtype):
-    model = lowered(w4_bundle.path / "step.onnx", dtype)
-    for number in range(2):
-        check_block(model, number, VAR_BLOCK)
+        check_block(model, number, block)
     check_weights(model, layers=1 + 2 * 4)
     check_no_bias_before_a_fusable_operator(model)
     assert len([name for name in modulation_products(model) if "blocks" in name]) == 1
