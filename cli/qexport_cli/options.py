@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -68,3 +69,15 @@ def parse_settings(pairs: list[str]) -> dict[str, float | int]:
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal()
+
+
+def check_pair(inception: Path | None, reference: list[Path] | None) -> None:
+    """Nothing, where both or neither are given.
+
+    Raises:
+        InputError: one without the other.
+    """
+    if inception is not None and not reference:
+        raise InputError("--inception needs --reference: .npz with mu and sigma, or real images")
+    if reference and inception is None:
+        raise InputError("--reference needs --inception, the weights of the network that looks at the images")

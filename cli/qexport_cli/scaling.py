@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qexport.errors import InputError
-from qexport_cli.options import JsonOption
+from qexport_cli.options import JsonOption, check_pair
 from qexport_cli.progress import work
 from qexport_cli.render import print_json, print_line, print_note
 from qexport_cli.scaling_choice import choose, parse_size
@@ -44,6 +44,13 @@ def scaling(
         int | None, typer.Option(metavar="N", help="Images that are judged (default 500; a denoiser's are half).")
     ] = None,
     fd: Annotated[int | None, typer.Option(metavar="N", help="Images generated for FD (default 500; 0: none).")] = None,
+    inception: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure FID in place of FD, by these weights (qexport[fid]).")
+    ] = None,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="With --inception: .npz with mu and sigma, or real images; may be repeated."),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of all that is drawn.")] = 0,
     topkld_steps: Annotated[
         int | None, typer.Option(metavar="N", help="Updates of fine-tuning with topkld (default 200).")
@@ -80,12 +87,13 @@ def scaling(
     if from_store:
         _write(path, folder, report, None, None, json)
         return
+    check_pair(inception, reference)
     chosen = choose(
         {
             "--families": families, "--models": models, "--wbits": wbits, "--formats": formats, "--methods": methods,
             "--images": images, "--samples": samples, "--fd": fd, "--topkld-steps": topkld_steps,
         },
-        checkpoint or [], seed, quick,
+        checkpoint or [], seed, quick, inception, reference or [],
     )  # fmt: skip
     if plan:
         show_plan(chosen, json)
@@ -109,6 +117,8 @@ def _sweep(chosen: Choice, path: Path, folder: Path, jobs: int, ray: bool) -> tu
         None if chosen.images is None else os.path.abspath(chosen.images),  # noqa: PTH100 — links stay as given
         tuple(chosen.checkpoints.items()),
         os.path.abspath(folder / "work"),  # noqa: PTH100
+        None if chosen.inception is None else os.path.abspath(chosen.inception),  # noqa: PTH100
+        tuple(map(os.path.abspath, chosen.reference)),
     )
     with work() as progress:
         progress("models", 0, 1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,9 +39,18 @@ class Choice:
     how: Measurement
     images: Path | None
     checkpoints: Mapping[str, str]
+    inception: Path | None = None
+    reference: Sequence[Path] = ()
 
 
-def choose(options: Mapping[str, Any], checkpoint: list[str], seed: int, quick: bool) -> Choice:
+def choose(
+    options: Mapping[str, Any],
+    checkpoint: list[str],
+    seed: int,
+    quick: bool,
+    inception: Path | None = None,
+    reference: Sequence[Path] = (),
+) -> Choice:
     """The grid that the options stand for (by their names; None is not given).
 
     Raises:
@@ -48,7 +58,7 @@ def choose(options: Mapping[str, Any], checkpoint: list[str], seed: int, quick: 
     """
     from qexport.family import find_model
     from qexport.scaling.grid import Measurement, check_method, models_of, plan_grid
-    from qexport.scaling.sweep import images_digest
+    from qexport.scaling.sweep import digest_of
 
     given = {option: value for option, value in options.items() if value is not None}
     if "--models" in given and "--families" in given:
@@ -72,11 +82,20 @@ def choose(options: Mapping[str, Any], checkpoint: list[str], seed: int, quick: 
     images = settings.get("--images")
     quickly = {"drawn": QUICK_DRAWN, "trajectories": QUICK_TRAJECTORIES} if quick else {}
     how = Measurement(
-        images_sha256=None if images is None else images_digest(images),
+        images_sha256=None if images is None else digest_of("--images", images),
         judged_tokens=settings["--samples"], judged_latents=max(1, settings["--samples"] // 2),
-        fd=settings["--fd"], seed=seed, topkld_steps=settings["--topkld-steps"], **quickly,
+        fd=settings["--fd"], seed=seed, topkld_steps=settings["--topkld-steps"],
+        features_sha256=None if inception is None else _features_digest(inception, reference), **quickly,
     )  # fmt: skip
-    return Choice(runs, [*dropped, *invalid], how, images, checkpoints)
+    return Choice(runs, [*dropped, *invalid], how, images, checkpoints, inception, reference)
+
+
+def _features_digest(inception: Path, reference: Sequence[Path]) -> str:
+    """SHA-256 over those of the weights and of every reference."""
+    from qexport.scaling.sweep import digest_of
+
+    digests = [digest_of("--inception", inception), *(digest_of("--reference", path) for path in reference)]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def parse_size(text: str) -> int:

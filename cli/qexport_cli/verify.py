@@ -10,7 +10,7 @@ import typer
 
 from qexport.errors import InputError
 from qexport_cli.files import replacing
-from qexport_cli.options import CheckpointOption, JsonOption, ProviderOption, VaeCheckpointOption
+from qexport_cli.options import CheckpointOption, JsonOption, ProviderOption, VaeCheckpointOption, check_pair
 from qexport_cli.progress import work
 from qexport_cli.render import print_json, print_note
 
@@ -40,6 +40,13 @@ def verify(
     fd_images: Annotated[int, typer.Option(min=2, metavar="N", help="Images that --quality draws.")] = 1000,
     max_kl: Annotated[float | None, typer.Option(min=0, metavar="X", help="Fail above this KL divergence.")] = None,
     max_fd: Annotated[float | None, typer.Option(min=0, metavar="X", help="Fail above this Fréchet distance.")] = None,
+    inception: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --quality: measure FID, by these weights (qexport[fid]).")
+    ] = None,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="With --inception: .npz with mu and sigma, or real images; may be repeated."),
+    ] = None,
     checkpoint: CheckpointOption = None,
     vae_checkpoint: VaeCheckpointOption = None,
     html: Annotated[
@@ -57,10 +64,21 @@ def verify(
     path = bundle if bundle is not None else Bundle.newest()
     if html is not None and not html.absolute().parent.is_dir():
         raise InputError(f"--html {html}: there is no folder {html.parent}")
+    if inception is not None and not quality:
+        raise InputError("--inception measures images that --quality draws; pass that too")
+    check_pair(inception, reference)
 
     with work() as progress:
         from qexport.verify.ladder import verify as run
 
+        extractor = None
+        if inception is not None:
+            from qexport.verify.inception_run import open_extractor
+
+            side = Bundle.open(path).manifest.model.image_size
+            extractor = open_extractor(
+                inception, reference or [], (side, side), batch=batch, provider=provider, progress=progress
+            )
         report = run(
             path,
             provider=provider,
@@ -73,6 +91,7 @@ def verify(
             every=every,
             quality=quality,
             fd_images=fd_images,
+            extractor=extractor,
             max_kl=max_kl,
             max_fd=max_fd,
             checkpoint=checkpoint,

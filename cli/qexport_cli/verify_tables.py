@@ -77,7 +77,7 @@ def _quality(quality: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     fd = quality.get("fd")
     if isinstance(fd, Mapping):
         low, high = fd["ci95"]
-        yield "FD", f"{fd['value']:.4g} (95 %: {low:.4g} … {high:.4g}) of {fd['n']} images, {fd['name']}"
+        yield fd["label"], f"{fd['value']:.4g} (95 %: {low:.4g} … {high:.4g}) of {fd['n']} images"
 
 
 def _placement(placement: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from qexport.family.entry import NON_COMMERCIAL, UNPUBLISHED, Effort, ModelEntry
 from qexport.family.freedom import Absorber, Fold, StepSpec
 from qexport.family.generator import Generator
 from qexport.family.graphs import GraphSpec, Part, Port
-from qexport.family.judged import DenoiserModel, DenoiseSpec, DrawSpec, FeatureExtractor, LogitModel
+from qexport.family.judged import INCEPTION, DenoiserModel, DenoiseSpec, DrawSpec, FeatureExtractor, LogitModel
 from qexport.family.registry import (
     ENTRY_POINT_GROUP,
     RANDOM_SUFFIX,
@@ -26,6 +26,7 @@ from qexport.family.registry import (
 
 __all__ = [
     "ENTRY_POINT_GROUP",
+    "INCEPTION",
     "NON_COMMERCIAL",
     "RANDOM_SUFFIX",
     "UNPUBLISHED",

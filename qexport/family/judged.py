@@ -84,6 +84,10 @@ class DenoiseSpec:
     output: str = "output"
 
 
+INCEPTION = "Inception-v3"
+"""The features that FID is defined by: those of that network with its published weights."""
+
+
 class FeatureExtractor(Protocol):
     """The feature space in which the Fréchet distance of generated images is measured, and the real images in it."""
 

@@ -62,6 +62,7 @@ class Measurement:
 
     Args:
         images_sha256: digest of the real images, None where the full-precision model draws its own.
+        features_sha256: digest of Inception's weights and of its reference, None for the model's own features.
         judged_tokens: images on which a model that draws tokens is judged, spread evenly over those given.
         judged_latents: the same of a denoiser.
         drawn: images that the model draws itself, where none are given.
@@ -81,6 +82,7 @@ class Measurement:
     seed: int = 0
     topkld_steps: int = 200
     topkld_samples: int = 512
+    features_sha256: str | None = None
 
     def __post_init__(self) -> None:
         """Check the counts.
@@ -153,7 +155,7 @@ def key_of(run: Run, checkpoint_sha256: Mapping[str, str], how: Measurement, ver
         how: the measurement; of fine-tuning's settings only where there is any.
         version: qexport's.
     """
-    settings = asdict(how)
+    settings = describe(how)
     if not run.trained:
         settings = {name: value for name, value in settings.items() if not name.startswith("topkld")}
     content = {
@@ -249,5 +251,5 @@ def check_method(name: str) -> str:
 
 
 def describe(how: Measurement) -> dict[str, Any]:
-    """Plain data."""
-    return asdict(how)
+    """Plain data; without Inception the same as before there was any, so that no stored run is made again."""
+    return {name: value for name, value in asdict(how).items() if name != "features_sha256" or value is not None}

@@ -19,7 +19,7 @@ from qexport.compare import Judge, make_judge
 from qexport.compare.judge import PER_IMAGE
 from qexport.distill import Distillation, DistillSettings, distill
 from qexport.errors import InputError, UnsupportedError
-from qexport.family import Generator, find_model
+from qexport.family import FeatureExtractor, Generator, find_model
 from qexport.methods import parse_method
 from qexport.recipe import Recipe
 from qexport.reference import torch_player
@@ -49,13 +49,16 @@ _LATENT_FIGURES = ("output_mse", "loss", "loss_fp")
 class Files:
     """Where what a run reads and writes lies; nothing here decides the result.
 
-    `images` are real images, whose digest is in the `Measurement`; `checkpoints` maps a model to its file; `work` holds
+    `images` are real images, `inception` the weights of FID's network and `reference` the real images or statistics for
+    it, whose digests are in the `Measurement`; `checkpoints` maps a model to its file; `work` holds
     the state of fine-tuning, so that a run that was cut off goes on.
     """
 
     images: str | None = None
     checkpoints: tuple[tuple[str, str], ...] = ()
     work: str | None = None
+    inception: str | None = None
+    reference: tuple[str, ...] = ()
 
     def checkpoint(self, model: str) -> str | None:
         """The file given for a model."""
@@ -90,6 +93,23 @@ class Bench:
         wanted = self.how.judged_tokens if self.plain.draw is not None else self.how.judged_latents
         there = len(open_images(images, size=entry.image_size, num_classes=entry.num_classes))
         return make_judge(self.plain, images=images, every=max(1, there // wanted), seed=seed, per_image=True)
+
+    @cached_property
+    def extractor(self) -> FeatureExtractor:
+        """What FD is measured in: Inception where its weights were given, else the model's own features.
+
+        Raises:
+            UnsupportedError: there is neither.
+        """
+        if self.files.inception is not None:
+            from qexport.verify.inception_run import open_extractor
+
+            side = self.plain.entry.image_size
+            return open_extractor(Path(self.files.inception), [Path(p) for p in self.files.reference], (side, side))
+        if self.plain.features is None:
+            name = self.plain.entry.name
+            raise UnsupportedError(f"{name} brings no features to measure FD in; pass --fd 0, or --inception")
+        return self.plain.features
 
     @cached_property
     def macs(self) -> dict[str, int]:
@@ -152,20 +172,14 @@ class Bench:
         return Measured(figures, cost_of(self.plain, rows, self.macs), arrays, settings)
 
     def frechet(self, generator: Generator) -> dict[str, Any]:
-        """FD of images that a version of the model samples.
-
-        Raises:
-            UnsupportedError: the model brings no features to measure it in.
-        """
-        if generator.features is None:
-            raise UnsupportedError(f"{generator.entry.name} brings no features to measure FD in; pass --fd 0")
+        """FD of images that a version of the model samples; see `extractor` for what it raises."""
         player, count, seed = torch_player(generator), self.how.fd, self.how.seed
         labels = labels_for(count, generator.entry.num_classes)
         batches = (
             player.play(label_inputs(generator.plan, labels[i : i + BATCH]), seed=seed, first_index=i)
             for i in range(0, count, BATCH)
         )
-        return measure_fd(batches, generator.features, seed).to_json()
+        return measure_fd(batches, self.extractor, seed).to_json()
 
 
 def trajectory_terms(wanted: Trajectories, found: Trajectories) -> Arrays:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qexport.family import INCEPTION
 from qexport.scaling.figures import FD
 from qexport.scaling.findings import Finding
 from qexport.scaling.grid import Measurement
@@ -50,7 +51,8 @@ def how_measured(selection: Selection) -> list[str]:
     found = [f"{len(rows)} runs, judged on " + "; ".join(judged) + "."]
     if how["fd"]:
         names = sorted({row.measured.figures[FD]["name"] for row in rows if FD in row.measured.figures})
-        found.append(f"FD ({', '.join(names)}) of {how['fd']} generated images; it is not FID.")
+        verdict = "with those features it is FID" if names == [INCEPTION] else "it is not FID"
+        found.append(f"FD ({', '.join(names)}) of {how['fd']} generated images; {verdict}.")
     found.append(f"Trajectories: {how['trajectories']} of each denoiser. Seed {how['seed']}, one seed of training.")
     found.append(
         "Intervals are 95 %, from resampled images, the same in all runs of a series; FD's are taken as independent."

@@ -182,8 +182,8 @@ def digests_of(models: Sequence[str], files: Any) -> dict[str, dict[str, str]]:
     return {model: dict(load(model, files).checkpoint_sha256) for model in models}
 
 
-def images_digest(path: str | Path) -> str:
-    """SHA-256 of an image file, or of the names and contents of a folder's files.
+def digest_of(option: str, path: str | Path) -> str:
+    """SHA-256 of the file that an option names, or of the names and contents of a folder's files.
 
     Raises:
         InputError: there is nothing there.
@@ -192,7 +192,7 @@ def images_digest(path: str | Path) -> str:
 
     where = Path(path)
     if not where.exists():
-        raise InputError(f"--images {where}: no such file or folder")
+        raise InputError(f"{option} {where}: no such file or folder")
     digest = hashlib.sha256()
     files = sorted(p for p in where.rglob("*") if p.is_file()) if where.is_dir() else [where]
     for file in files:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qexport.checkpoint import open_checkpoint, sha256
 from qexport.errors import CheckpointError, InputError
+from qexport.family import INCEPTION
 from qexport.runtime.pixels import to_pixels
 from qexport.verify.statistics import Statistics
 
@@ -61,7 +62,7 @@ class InceptionExtractor:
     @property
     def name(self) -> str:
         """``Inception-v3``, or, with other weights, which."""
-        return "Inception-v3" if self.published else f"Inception-v3 with weights {self.weights_sha256[:8]}"
+        return INCEPTION if self.published else f"{INCEPTION} with weights {self.weights_sha256[:8]}"
 
     @property
     def mu(self) -> np.ndarray:

@@ -11,9 +11,9 @@ import numpy as np
 
 from qexport.errors import InputError
 from qexport.verify.checks import Progress
-from qexport.verify.fd import FrechetResult
+from qexport.verify.fd import FrechetResult, frechet
 from qexport.verify.inception import FEATURES, LOGITS, WEIGHTS, InceptionExtractor, load_inception
-from qexport.verify.inception_figures import SPLITS, InceptionScore, frechet, inception_score
+from qexport.verify.inception_figures import SPLITS, InceptionScore, inception_score
 from qexport.verify.inception_images import open_pictures
 from qexport.verify.statistics import Moments, Statistics, read_statistics
 

@@ -69,7 +69,7 @@ def _tiles(data: Mapping[str, Any]) -> str:
         fd = quality["fd"]
         tiles.append(
             (
-                f"FD ({fd['name']})",
+                fd["label"],
                 _number(fd["value"]),
                 f"95 %: {fd['ci95'][0]:.2f} … {fd['ci95'][1]:.2f}, {fd['n']} images",
             )

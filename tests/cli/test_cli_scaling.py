@@ -55,6 +55,9 @@ def test_quick_is_small(run):
         (["--budget", "3MB"], "no such store"),
         (["--from-store"], "no such store"),
         (["--jobs", "0"], "--jobs 0"),
+        (["--inception", "w.pth"], "--inception needs --reference"),
+        (["--reference", "r.npz"], "--reference needs --inception"),
+        (["--inception", "w.pth", "--reference", "r.npz"], "--inception w.pth: no such file"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(run, monkeypatch, tmp_path, arguments, says):

@@ -99,7 +99,7 @@ def test_options_reach_the_ladder(run, ladder, toy):
     assert ladder["options"] == {
         "provider": "cpu", "samples": 3, "batch": 2, "seed": 7, "schedule": "ddim-25", "target": "ort-cpu",
         "every": 5, "quality": True,
-        "images": Path("test.npz"), "fd_images": 50, "max_kl": 0.5, "max_fd": 9.0,
+        "images": Path("test.npz"), "fd_images": 50, "extractor": None, "max_kl": 0.5, "max_fd": 9.0,
         "checkpoint": "a", "vae_checkpoint": "b",
     }  # fmt: skip
 
@@ -138,3 +138,38 @@ def test_a_real_bundle_and_a_damaged_one(run, var, tmp_path):
     damaged = run("verify", copy)
     assert damaged.code == 1
     assert "weights.data" in damaged.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--inception", "w.pth", "--reference", "r.npz"], "pass that too"),
+        (["--quality", "--inception", "w.pth"], "--inception needs --reference"),
+        (["--quality", "--reference", "r.npz"], "--reference needs --inception"),
+        (["--quality", "--inception", "w.pth", "--reference", "r.npz"], "r.npz: no such file"),
+    ],
+)
+def test_inception_that_cannot_be_is_one_line(run, ladder, toy, arguments, says):
+    outcome = run("verify", toy, *arguments)
+    assert outcome.code == 2
+    assert says in outcome.error
+    assert "path" not in ladder
+
+
+def test_inception_takes_the_place_of_the_models_features(run, ladder, toy, monkeypatch):
+    from qexport.bundle import Bundle
+    from qexport.verify import inception_run
+
+    asked: list[Any] = []
+
+    def opening(*given, **options):
+        asked.extend(given)
+        return "an extractor"
+
+    monkeypatch.setattr(inception_run, "open_extractor", opening)
+    assert run("verify", toy, "--quality", "--inception", "w.pth", "--reference", "r.npz").code == 0
+    assert ladder["options"]["extractor"] == "an extractor"
+    side = Bundle.open(toy).manifest.model.image_size
+    assert asked == [Path("w.pth"), [Path("r.npz")], (side, side)]
+    assert run("verify", toy, "--quality").code == 0
+    assert ladder["options"]["extractor"] is None

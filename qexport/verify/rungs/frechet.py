@@ -40,7 +40,7 @@ def check_frechet(
     climb.report.quality["fd"] = found.to_json()
     if max_fd is not None:
         detail = f"{count} images, seed {climb.seed}, 95 % interval {found.low:.3g} … {found.high:.3g}, under serve"
-        climb.report.checks.append(at_most(f"FD ({found.name})", found.value, max_fd, NOWHERE, detail))
+        climb.report.checks.append(at_most(found.label, found.value, max_fd, NOWHERE, detail))
 
 
 def _extractor(climb: Climb, models: Models | None, given: FeatureExtractor | None) -> FeatureExtractor | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qexport.errors import InputError
-from qexport.scaling.grid import Dropped, Measurement, Run, key_of, models_of, plan_grid, series_of, size_of
+from qexport.scaling.grid import Dropped, Measurement, Run, describe, key_of, models_of, plan_grid, series_of, size_of
 from qexport.scheme import preset
 
 
@@ -75,6 +75,9 @@ def test_the_key_follows_what_decides_the_result():
         key_of(run, files, how, "2"),
     ]
     assert len({key, *others}) == 7
+    # Inception in place of the model's own features is another measurement; without it keys are what they always were.
+    assert key_of(run, files, replace(how, features_sha256="4f"), "1") not in {key, *others}
+    assert "features_sha256" not in describe(how)
     # How fine-tuning is done concerns only runs that are fine-tuned.
     longer = replace(how, topkld_steps=7)
     assert key == key_of(run, files, longer, "1")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from qexport.family import INCEPTION
 from qexport.pipeline import load_generator
 from qexport.quantize import apply_stored, stored_weights
 from qexport.recipe import recipe_for
@@ -15,6 +17,7 @@ from qexport.scaling.cost import count_macs
 from qexport.scaling.grid import Measurement, Run
 from qexport.scaling.measure import Bench, Files
 from qexport.scheme import preset
+from qexport.verify import inception_run
 from qexport.verify.denoise_quality import compare_trajectories
 from qexport.verify.trajectory import labels_for
 
@@ -91,6 +94,28 @@ def test_products_are_counted_by_hand(var):
     assert macs["head"] == 2 * tokens * width * 4096
     assert macs["blocks.1.ada_lin.1"] % (6 * width * width) == 0
     assert macs["blocks.1.ada_lin.1"] <= 2 * scales * 6 * width * width
+
+
+def test_inception_takes_the_place_of_the_models_features(var, monkeypatch):
+    """The features that were given are asked, of images as large as the model's; they name the figure."""
+
+    class Means:
+        name, mu, cov = INCEPTION, np.zeros(3), np.eye(3)
+
+        def features(self, images):
+            return images.mean(dim=(2, 3))
+
+    def opening(weights, reference, size):
+        assert (str(weights), [str(path) for path in reference], size) == ("w.pth", ["r.npz"], (32, 32))
+        return Means()
+
+    monkeypatch.setattr(inception_run, "open_extractor", opening)
+    given = Bench("var-c10-d2", replace(HOW, fd=4), Files(inception="w.pth", reference=("r.npz",)))
+    found = given.frechet(given.plain)
+    assert (found["label"], found["n"]) == ("FID", 4)
+    own = Bench("var-c10-d2", replace(HOW, fd=4), Files()).frechet(given.plain)
+    assert own["label"].startswith("FD (")
+    assert own["value"] != pytest.approx(found["value"], rel=1e-3)
 
 
 @pytest.mark.slow
