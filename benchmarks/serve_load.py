@@ -2,7 +2,8 @@
 
     python benchmarks/serve_load.py BUNDLE --seconds 1800 --out benchmarks/results/serve_load.json
 
-- bare: images per second of the runtime alone, playing the largest bucket again and again, before and after the rest
+- bare: images per second of the runtime alone, playing the largest bucket again and again, before and after the rest;
+  with `--workers N` on N times the threads, and beside it N processes of one worker's threads each, all at once
 - gain: concurrency 1, 8, 32, with batching and without. Without means that every client has a setting of its own (cfg
   shifted by 0.001 k), so that no two may share a batch; the cost of a lone image in a bucket of two stays.
 - soak: `--seconds` at `--concurrency`, with resident memory (sampled, and the slope of a straight line through it) and
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -39,6 +41,8 @@ BARE_SECONDS = 20.0
 WARM_SECONDS = 2.0
 RSS_EVERY_S = 5.0
 CHECKPOINT_S = 60.0
+WAYS = {"one": "one process on all threads", "apart": "as many processes as workers"}
+"""How the runtime alone is run."""
 SETTLED = 0.1
 """Share of the soak that is left out of the memory's slope: buffers reach their sizes in it."""
 
@@ -58,6 +62,20 @@ def bare(runtime: Runtime, bucket: int, seconds: float) -> dict[str, float]:
         "images_per_s": round(whole, 3), "median_images_per_s": round(statistics.median(rates), 3),
         "best_images_per_s": round(max(rates), 3), "batches": len(rates), "load_average": os.getloadavg()[0],
     }  # fmt: skip
+
+
+def bare_apart(bundle: Path, bucket: int, seconds: float, threads: int, processes: int) -> dict[str, float]:
+    """Images per second of so many processes together, each the runtime alone; they start within the first second."""
+    here = Path(__file__).parent
+    code = (
+        f"import sys; sys.path.insert(0, {str(here)!r}); from pathlib import Path\n"
+        "from serve_load import bare; from qexport.runtime import load\n"
+        f"runtime = load(Path({str(bundle)!r}), provider='cpu', threads={threads})\n"
+        f"print(bare(runtime, {bucket}, {seconds})['images_per_s'])"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(processes)]
+    rates = [float(process.communicate()[0]) for process in started]
+    return {"images_per_s": round(sum(rates), 3), "processes": processes}
 
 
 def slope(rss_MB: list[tuple[float, float]]) -> dict[str, float] | None:
@@ -109,9 +127,13 @@ def table(result: dict[str, Any]) -> str:
         f"# Load on `qexport serve`: {result['model']} {result['scheme']}, {result['cores']} cores, "
         f"{result['threads']} thread(s), ONNX Runtime {result['onnxruntime']}",
         "",
-        f"Load of the machine before: {result['load_average_before'][0]:.2f}. "
-        f"The runtime alone: {before['images_per_s']:.2f} images/s before"
-        + (f", {after['images_per_s']:.2f} after." if after else "."),
+        f"Load of the machine before: {result['load_average_before'][0]:.2f}. The runtime alone, images/s: "
+        + "; ".join(
+            f"{WAYS[way]} {found['images_per_s']:.2f} before"
+            + (f", {after[way]['images_per_s']:.2f} after" if after else "")
+            for way, found in before.items()
+        )
+        + ".",
         "",
         "| clients | batching | images/s | p50 ms | p99 ms | wrong of checked |",
         "|---|---|---|---|---|---|",
@@ -131,7 +153,8 @@ def table(result: dict[str, Any]) -> str:
             grown = f"slope {memory['MB_per_hour']:+.1f} MB an hour"
             lines.append(f"Memory: {memory['first_MB']:.0f} MB to {memory['last_MB']:.0f} MB, {grown}.")
         if "share_of_bare" in result:
-            lines.append(f"Throughput: {result['share_of_bare']:.3f} of the runtime alone (mean of before and after).")
+            shares = ", ".join(f"{share:.3f} ({WAYS[way]})" for way, share in result["share_of_bare"].items())
+            lines.append(f"Throughput, as a share of the runtime alone (mean of before and after): {shares}.")
     if not result["complete"]:
         lines += ["", "The run was not finished when this was written."]
     return "\n".join(lines) + "\n"
@@ -170,11 +193,20 @@ def main() -> None:
             options.out.with_suffix(".md").write_text(table(result))
 
     clients = max(*CONCURRENCIES, options.concurrency)
-    runtime = load(options.bundle, provider="cpu", threads=options.threads)
+    workers = options.workers or 1
+    runtime = load(options.bundle, provider="cpu", threads=options.threads * workers)
     together = offline(runtime, clients, buckets)
     alone = offline(runtime, clients, buckets[:1], True, cfg)
     differ = sum(len({together[k, bucket] for bucket in buckets}) > 1 for k in range(clients))
-    write({"images_that_differ_between_buckets": differ, "bare": bare(runtime, buckets[-1], options.bare_seconds)})
+
+    def alone_now() -> dict[str, Any]:
+        found: dict[str, Any] = {"one": bare(runtime, buckets[-1], options.bare_seconds)}
+        if workers > 1:
+            found["apart"] = bare_apart(options.bundle, buckets[-1], options.bare_seconds, options.threads, workers)
+        return found
+
+    before = alone_now()
+    write({"images_that_differ_between_buckets": differ, "bare": before})
     more = ["--queue", str(4 * clients)] + (["--workers", str(options.workers)] if options.workers else [])
     with Service(options.bundle, *more, threads=options.threads) as service:
         if options.workers:
@@ -194,12 +226,17 @@ def main() -> None:
                 gain.append({"batching": not apart, **{k: v for k, v in row.items() if k not in ("minutes", "memory")}})
                 write({"gain": gain})
         write({"soak": run(options.concurrency, options.seconds, False, lambda got: write({"soak": got}))})
-    after = bare(runtime, buckets[-1], options.bare_seconds)
-    alone_per_s = statistics.mean([result["bare"]["images_per_s"], after["images_per_s"]])
+    after = alone_now()
+    shares = {
+        way: round(
+            result["soak"]["images_per_s"] / statistics.mean([before[way]["images_per_s"], found["images_per_s"]]), 3
+        )
+        for way, found in after.items()
+    }
     write(
         {
             "bare_after": after,
-            "share_of_bare": round(result["soak"]["images_per_s"] / alone_per_s, 3),
+            "share_of_bare": shares,
             "exit": {"code": service.exit_code, "drain_s": service.drain_s},
             "complete": True,
         }

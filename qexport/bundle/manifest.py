@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -79,7 +80,7 @@ class Manifest:
     qexport_version: str = field(default_factory=installed_version)
     format_version: int = FORMAT_VERSION
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 (hexadecimal) over every other field; two bundles with the same digest hold the same bytes."""
         return digest_of(self.to_json())
