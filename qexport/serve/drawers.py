@@ -20,7 +20,15 @@ from qexport.serve.logs import event
 
 
 class LostError(Exception):
-    """The drawer ended, or hung, before it answered; `start` it again before the next batch."""
+    """The drawer ended, or hung, before it answered; `start` it again before the next batch.
+
+    `begun`: whether it may have begun the batch, which then may be what ended it.
+    """
+
+    def __init__(self, text: str, begun: bool = True) -> None:
+        """Say what happened."""
+        super().__init__(text)
+        self.begun = begun
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ on its company or its place among them (`tests/qexport/serve/test_serve_engine.p
 differ from each other by rounding.
 
 If a drawer is lost, its batch goes back to the head of the queue and the thread starts the drawer anew; the second
-time it happens to a request, it is answered 503, as it may be what ends them.
+time it happens to a request that was being drawn, it is answered 503, as it may be what ends them.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Engine:
                     self._draw(drawer, rows)
                 except LostError as error:
                     event("drawer lost", logging.ERROR, bundle=self.name, drawer=lane, why=str(error))
-                    self._take_back(lane, rows)
+                    self._take_back(lane, rows, error.begun)
         finally:
             with self._changed:
                 self._up.discard(lane)
@@ -264,11 +264,11 @@ class Engine:
             self._queue = deque(row for row in self._queue if not row.job.over)
             self._metrics.dropped.labels(self.name).inc(before - len(self._queue))
 
-    def _take_back(self, lane: int, rows: list[Row]) -> None:
-        """Put the rows of a lost drawer back where they came from, but not for ever."""
+    def _take_back(self, lane: int, rows: list[Row], begun: bool) -> None:
+        """Put the rows of a lost drawer back where they came from, but not for ever if it had begun them."""
         self._metrics.lost.labels(self.name).inc()
         for job in {id(row.job): row.job for row in rows}.values():
-            job.losses += 1
+            job.losses += begun
             if job.losses >= MAX_LOSSES:
                 text = f"what drew this ended {job.losses} times before the images were there"
                 job.fail(InterruptedDrawingError(text))

@@ -69,8 +69,10 @@ class ProcessDrawer:
 
     def draw(self, batch: Batch, limit_s: float | None = None) -> np.ndarray:
         """As `Drawer.draw`; a process that takes longer than `limit_s` is killed."""
-        if self._pipe is None:
-            raise LostError("not started")
+        if self._pipe is None or self._process is None:
+            raise LostError("not started", begun=False)
+        if not self._process.is_alive():
+            raise self._lost("had ended", begun=False)
         try:
             self._pipe.send(batch)
         except OSError as error:
@@ -110,7 +112,7 @@ class ProcessDrawer:
         except (EOFError, OSError) as error:
             raise self._lost("ended") from error
 
-    def _lost(self, how: str) -> LostError:
+    def _lost(self, how: str, begun: bool = True) -> LostError:
         """Clear away what is left of the process."""
         assert self._process is not None
         pid = self._process.pid
@@ -119,7 +121,7 @@ class ProcessDrawer:
         self._process.join()
         code = self._process.exitcode
         self.stop()
-        return LostError(f"worker {pid} {how} (exit code {code})")
+        return LostError(f"worker {pid} {how} (exit code {code})", begun)
 
 
 def devices_of(worker: int, count: int, visible: str | None = None) -> str | None:

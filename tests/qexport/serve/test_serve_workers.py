@@ -28,6 +28,7 @@ class Frail(LocalDrawer):
 
     def __init__(self, runtime):
         super().__init__(runtime)
+        self.begun = True
         self.losses = self.refusals = self.starts = self.warm = self.stops = 0
         self.batches = []
 
@@ -44,7 +45,7 @@ class Frail(LocalDrawer):
             self.batches.append(batch)
             if self.losses:
                 self.losses -= 1
-                raise LostError("worker 1 ended")
+                raise LostError("worker 1 ended", self.begun)
         return super().draw(batch, limit_s)
 
     def stop(self):
@@ -109,6 +110,16 @@ def test_a_request_that_ends_every_drawer_is_given_up_and_others_are_not(frail):
     assert drawer.losses == 0
 
 
+def test_drawers_that_had_ended_before_are_not_held_against_a_request(frail):
+    it, (drawer,) = frail()
+    it.start()
+    until(lambda: it.ready)
+    drawer.losses, drawer.begun = 3, False
+    drawn = it.submit([2], {}, seed=4).future.result(WAIT_S)
+    np.testing.assert_allclose(drawn.pixels, by_hand([2], seed=4), atol=0.5 + 1e-3)
+    assert drawer.losses == 0
+
+
 def test_one_drawer_does_the_work_of_another_that_does_not_start(frail):
     it, drawers = frail(count=2)
     drawers[0].refusals = 10**6
@@ -170,8 +181,10 @@ def test_a_worker_draws_what_the_runtime_draws(worker, toy):
 def test_a_killed_worker_is_lost_and_starts_again(worker):
     before, pid = worker.draw(batch_of(4)), worker.pid
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(LostError, match=r"exit code -9"):
+    worker._process.join(WAIT_S)
+    with pytest.raises(LostError, match=r"had ended \(exit code -9\)") as caught:
         worker.draw(batch_of(4))
+    assert not caught.value.begun
     worker.start()
     assert worker.pid not in (pid, None)
     np.testing.assert_array_equal(worker.draw(batch_of(4)), before)
