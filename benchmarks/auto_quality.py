@@ -6,7 +6,7 @@
 beside rules that a person would write with no more bits on disk, scales included: one group size everywhere, or larger
 groups and the rest of the budget on one kind of layer, or on the first or last block, in int8. All rounded by GPTQ with
 the same calibration, judged on every 20th (VAR) or 40th (DiT) of CIFAR-10's test images. Writes
-results/auto_quality.json and .md.
+results/auto_quality.json and .md; models that are not asked for stay as they are in it.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def table(models: dict[str, Any], bits: float) -> str:
         merit = "kl" if "kl" in model["rows"][0] else "output_mse"
         lines += ["", f"## {name}", "", f"| rule | {merit} | bits a weight |", "|---|---|---|"]
         for row in sorted(model["rows"], key=lambda row: row[merit]):
-            lines.append(f"| {row['method']} | {row[merit]:.5f} | {row['bits_per_weight']:.3f} |")
+            lines.append(f"| {row['method']} | {row[merit]:.3g} | {row['bits_per_weight']:.3f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -118,7 +118,9 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=4.5)
     parser.add_argument("--out", type=Path, default=RESULTS / "auto_quality.json")
     options = parser.parse_args()
-    models = {name: measure(name, options.images, options.bits) for name in options.models}
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {"bits": None}
+    models = kept["models"] if kept["bits"] == options.bits else {}
+    models |= {name: measure(name, options.images, options.bits) for name in options.models}
     data = {
         "bits": options.bits,
         "environment": describe_environment("cpu"),

@@ -204,7 +204,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "",
         "Made by `python benchmarks/ptq_quality.py --images cifar_test.npz` (its header says how everything is",
         "measured); every line of `ptq_quality.jsonl` is a row here. Block matrices are quantised, nothing else. Bits",
-        "per quantised weight include scales, as stored / as information. FD: FeatureNet, 95 % bootstrap interval.",
+        "per quantised weight include scales, as stored / as information. FD: FeatureNet, 95 % bootstrap interval,",
+        "only where it was asked for.",
         "s @ load: seconds of calibration and rounding, and the load average of the two cores while they were taken.",
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
