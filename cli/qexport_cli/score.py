@@ -70,13 +70,12 @@ def show(found: Scores) -> None:
     height, width = found.size
     score, count = found.inception_score, f"n = {found.inception_score.images:,}"
     facts: dict[str, object] = {"images": f"{score.images:,} of {width}×{height}, {found.images}"}
-    features = "Inception-v3" if found.published else f"Inception-v3 with weights {found.weights_sha256[:8]}"
     if found.fid is not None:
         interval = f"{figure(found.fid.low)} – {figure(found.fid.high)}"
         facts["reference"] = found.reference
-        facts[found.label] = f"{figure(found.fid.value)}  ({interval}; {features}, {count})"
+        facts[found.label] = f"{figure(found.fid.value)}  ({interval}; {found.features}, {count})"
     interval = f"{figure(score.low)} – {figure(score.high)}"
     parts = "in one part" if score.splits == 1 else f"± {figure(score.deviation)} over {score.splits} parts"
-    facts["IS"] = f"{figure(score.value)} {parts}  ({interval}; {features}, {count})"
+    facts["IS"] = f"{figure(score.value)} {parts}  ({interval}; {found.features}, {count})"
     print_facts(facts)
     print_line("Intervals are 95 %, by bootstrap.")

@@ -17,10 +17,9 @@
   `session.disable_quant_qdq=1` their weights are dequantised once, at load, and take the usual blocked kernel.
 - Sessions with fp8 Q/DQ fail to load unless `session.disable_quant_qdq=1`, which also stops MatMulNBits fusion.
 - The kernels for one row and for several differ by 1e-4 at level 4: images then depend a little on the batch.
-- Idle threads of a session spin for tens of milliseconds: one image of var-c10-d4 with two threads left 43 ms of
-  processor time behind, which the other graph's session, the next process or a server's second worker lacks. So
-  `session.intra_op.allow_spinning=0`, which changes no number. On a busy machine of two processors, in turns: 4.5 times
-  as fast (82 against 362 ms). `session.force_spinning_stop=1` ends the spinning after a run only: 1.03 times.
+- Idle threads of a session spin for tens of milliseconds. With `session.intra_op.allow_spinning=0`, which changes no
+  number, an image of var-c10-d4 on two threads takes 59 ms of processor time instead of 146, and no longer by the clock
+  (`benchmarks/waiting_threads.py`).
 - Initialisers outside of the arena (`session.use_device_allocator_for_initializers=1`) change nothing, to a megabyte.
   Without the arena a batch of 8 leaves 30 MB instead of 173, once the C library has given back what it kept, and takes
   9 to 15 % more processor time (batch 1: the same). So the arena stays. `benchmarks/session_memory.py` shows the parts.

@@ -96,7 +96,7 @@ def _folder(root: Path) -> ImageSet:
     if not found:
         raise InputError(f"{root}: no images in its subfolders ({', '.join(SUFFIXES)})")
     files = [p for p, _ in found]
-    return ImageSet(lambda i: _decode(files[i], str(files[i])), np.array([label for _, label in found]), root.name)
+    return ImageSet(lambda i: decode(files[i], str(files[i])), np.array([label for _, label in found]), root.name)
 
 
 def _npz(path: Path) -> ImageSet:
@@ -123,14 +123,19 @@ def _npz(path: Path) -> ImageSet:
             raise InputError(f"{path}: 'off' does not cut 'data' into {len(labels)} files")
         ends = off[1:] if len(off) > len(labels) else np.append(off[1:], data.size)
         return ImageSet(
-            lambda i: _decode(io.BytesIO(data[off[i] : ends[i]].tobytes()), f"{path}: image {i}"), labels, path.name
+            lambda i: decode(io.BytesIO(data[off[i] : ends[i]].tobytes()), f"{path}: image {i}"), labels, path.name
         )
     raise InputError(
         f"{path}: holds {', '.join(arrays) or 'nothing'}; needed are images and labels, or data, off and lab"
     )
 
 
-def _decode(file: Path | io.BytesIO, what: str) -> np.ndarray:
+def decode(file: Path | io.BytesIO, what: str) -> np.ndarray:
+    """Pixels (H, W, 3) uint8 of an encoded image.
+
+    Raises:
+        InputError: it is none; names it as `what`.
+    """
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))

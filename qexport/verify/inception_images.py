@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from qexport.errors import InputError
-from qexport.verify.images import SUFFIXES, open_images
+from qexport.verify.images import SUFFIXES, decode, open_images
 
 ARRAYS = ("arr_0", "images")
 """Members of an .npz that may hold the pixels, the first that is there."""
@@ -71,11 +70,11 @@ def _folder(root: Path) -> Pictures:
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     if not files:
         raise InputError(f"{root}: no images in it ({', '.join(SUFFIXES)})")
-    height, width, _ = _decode(files[0], str(files[0])).shape
+    height, width, _ = decode(files[0], str(files[0])).shape
 
     def batches(batch: int) -> Iterator[np.ndarray]:
         for start in range(0, len(files), batch):
-            images = [_decode(file, str(file)) for file in files[start : start + batch]]
+            images = [decode(file, str(file)) for file in files[start : start + batch]]
             for file, image in zip(files[start:], images, strict=False):
                 if image.shape[:2] != (height, width):
                     raise InputError(
@@ -137,7 +136,7 @@ def _header(path: Path, member: str, file: IO[bytes]) -> tuple[int, int, int]:
 def _encoded(path: Path) -> Pictures:
     with _reading(path), np.load(path, allow_pickle=False) as file:
         first, end = (int(i) for i in file["off"][:2])
-        pixels = _decode(io.BytesIO(file["data"][first:end].tobytes()), f"{path}: image 0")
+        pixels = decode(io.BytesIO(file["data"][first:end].tobytes()), f"{path}: image 0")
         labels = int(file["lab"].max()) + 1
     images = open_images(path, size=pixels.shape[0], num_classes=labels)
 
@@ -155,14 +154,6 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: is damaged ({type(error).__name__}); copy or download it again") from error
-
-
-def _decode(file: Path | io.BytesIO, what: str) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{what}: not an image that can be read ({type(error).__name__})") from error
 
 
 def _text(size: tuple[int, ...]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qexport.errors import InputError
+from qexport.family import INCEPTION
 from qexport.verify.checks import Progress
 from qexport.verify.fd import FrechetResult, frechet
 from qexport.verify.inception import FEATURES, LOGITS, WEIGHTS, InceptionExtractor, load_inception
@@ -25,7 +26,7 @@ BATCH = 50
 class Scores:
     """What images scored.
 
-    `fid` is None where no reference was given; `published` says whether it may be called FID. `statistics` are those of
+    `fid` is None where no reference was given; `features` names what both are measured in. `statistics` are those of
     the images themselves. `notes` say what a reader of the figures has to know.
     """
 
@@ -35,7 +36,7 @@ class Scores:
     inception_score: InceptionScore
     reference: str | None
     weights_sha256: str
-    published: bool
+    features: str
     statistics: Statistics
     notes: tuple[str, ...]
 
@@ -43,6 +44,11 @@ class Scores:
     def label(self) -> str:
         """``FID``, or ``FD`` with other weights."""
         return "FID" if self.published else "FD"
+
+    @property
+    def published(self) -> bool:
+        """Whether the weights are the ones that FID is defined by."""
+        return self.features == INCEPTION
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; the distance stands under the name that it deserves."""
@@ -107,7 +113,7 @@ def score(
         inception_score(logits_NC, splits, seed),
         None if real is None else _source(real),
         extractor.weights_sha256,
-        extractor.published,
+        extractor.name,
         moments.result(pictures.source),
         tuple(_notes(pictures.count, real, extractor)),
     )

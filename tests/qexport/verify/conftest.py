@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from feature_support import WIDTH
 from tracing import traced_once
 
 from qexport.bundle import Manifest
@@ -17,6 +19,7 @@ from qexport.bundle.manifest import FileEntry
 from qexport.family import Generator, find_model
 from qexport.pipeline import quantize
 from qexport.scheme import preset
+from qexport.verify.statistics import Statistics
 
 MODEL = "var-c10-d2"
 
@@ -79,3 +82,16 @@ def place_of() -> Callable[[Path, str], tuple[int, int]]:
         return int(entry["offset"]), int(entry["length"])
 
     return place
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same random numbers for every test."""
+    return np.random.default_rng(5)
+
+
+@pytest.fixture
+def real(rng: np.random.Generator) -> Statistics:
+    """Statistics of real images."""
+    x_ND = rng.standard_normal((40, WIDTH)) @ rng.standard_normal((WIDTH, WIDTH)) + 3
+    return Statistics(x_ND.mean(axis=0), np.cov(x_ND, rowvar=False), 40, "real")

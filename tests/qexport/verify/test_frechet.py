@@ -5,28 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.linalg
+from feature_support import WIDTH, features
 
 from qexport.errors import InputError
 from qexport.numerics.metrics import frechet_distance
 from qexport.verify.fd import _few, _many, frechet
 from qexport.verify.statistics import Statistics
-
-WIDTH = 12
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(5)
-
-
-@pytest.fixture
-def real(rng):
-    x_ND = rng.standard_normal((40, WIDTH)) @ rng.standard_normal((WIDTH, WIDTH)) + 3
-    return Statistics(x_ND.mean(axis=0), np.cov(x_ND, rowvar=False), 40, "real")
-
-
-def features(rng, count):
-    return (rng.standard_normal((count, WIDTH)) * 2 + 1).astype(np.float32)
 
 
 def by_scipy(x_ND, real):

@@ -12,11 +12,6 @@ from qexport.errors import InputError
 from qexport.verify.inception_figures import inception_score
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(5)
-
-
 class TestInceptionScore:
     def test_against_scipy(self, rng):
         logits = (3 * rng.standard_normal((35, 9))).astype(np.float32)

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from feature_support import WIDTH
 
 from qexport.errors import InputError
-from qexport.verify.statistics import Moments, Statistics, read_statistics, write_statistics
+from qexport.verify.statistics import Moments, read_statistics, write_statistics
 
-WIDTH = 12
 SHA = "ab" * 32
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(5)
-
-
-@pytest.fixture
-def real(rng):
-    x_ND = rng.standard_normal((40, WIDTH)) @ rng.standard_normal((WIDTH, WIDTH)) + 3
-    return Statistics(x_ND.mean(axis=0), np.cov(x_ND, rowvar=False), 40, "real")
-
-
-def features(rng, count):
-    return (rng.standard_normal((count, WIDTH)) * 2 + 1).astype(np.float32)
 
 
 class TestStatistics:
