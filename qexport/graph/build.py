@@ -13,7 +13,7 @@ from qexport.bundle import WeightRef
 from qexport.graph.capture import parameter_names
 from qexport.graph.passes.activations import QuantizeActivations
 from qexport.graph.passes.attach import AttachWeights, is_convolution
-from qexport.graph.passes.group_norm import GroupNormAsInstanceNorm
+from qexport.graph.passes.group_norm import GroupNormAsLayerNorm
 from qexport.graph.passes.linear import TRANSPOSED, LinearForm
 from qexport.graph.passes.names import ReadableNames
 from qexport.scheme import TensorSpec
@@ -25,7 +25,7 @@ def normalise(model: ir.Model) -> None:
     for step in (
         common.IdentityEliminationPass(),
         LinearForm(),
-        GroupNormAsInstanceNorm(),
+        GroupNormAsLayerNorm(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
         ReadableNames(),

@@ -10,6 +10,7 @@ and dequantises its weight at every run is a silent loss of speed.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,16 +34,17 @@ from qexport.targets.fusion import PRODUCTS, use_of, weight_of
 from qexport.targets.keys import JOINED_KEY
 from qexport.verify.checks import NOWHERE, Check, Place, at_most
 
-__all__ = ["HEAVY_OPS", "GraphPlacement", "Placement", "check_fusion", "measure_placement", "surprises", "weight_of"]
+__all__ = ["GraphPlacement", "Placement", "check_fusion", "measure_placement", "surprises", "weight_of"]
 
 PROFILED_BATCH = 2
 """Images of the profiled run. Two, since a batch of one may take other kernels."""
 
-HEAVY_OPS = frozenset(
-    ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "Conv",
-     "FusedConv", "NhwcFusedConv", "Attention", "MultiHeadAttention", "DequantizeLinear", "QuantizeLinear")
-)  # fmt: skip
-"""What must not fall back. ONNX Runtime rightly keeps the arithmetic of shapes on the CPU."""
+REAL_TYPES = ("float", "float16", "bfloat16", "double")
+"""Of tensors, as profiles call them."""
+
+LARGEST_SETTING = 1024
+"""Numbers of a tensor that may be a setting of the sampler; ONNX Runtime rightly keeps the arithmetic of shapes and of
+single numbers on the CPU. Maps, matrices and rows of logits have more, and moving them costs more than any kernel."""
 
 UNFUSED = "not fused: dequantised at every run"
 AT_LOAD = "weight dequantised at load"
@@ -64,13 +66,14 @@ class GraphPlacement:
 
     `nodes` counts the nodes that ran, by provider; `ops` counts the node types after optimisation; `forms` maps each
     quantised layer to what multiplies by its weight; `fallback` has the op type and name of each node that ran on the
-    CPU although another provider was asked for.
+    CPU although another provider was asked for, and `heavy` those of them that took or made large real tensors.
     """
 
     nodes: Mapping[str, int]
     ops: Mapping[str, int]
     forms: Mapping[str, str]
     fallback: Sequence[tuple[str, str]] = ()
+    heavy: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ class Placement:
     def fallback(self) -> list[tuple[str, str, str]]:
         """Graph, op type and name of the nodes that fell back to the CPU under ``serve``."""
         return [(name, *node) for name, graph in self.graphs.get("serve", {}).items() for node in graph.fallback]
+
+    @property
+    def heavy(self) -> list[tuple[str, str, str]]:
+        """Those of `fallback` that took or made real tensors of more than `LARGEST_SETTING` numbers."""
+        return [(name, *node) for name, graph in self.graphs.get("serve", {}).items() for node in graph.heavy]
 
     def forms(self, options: str = "serve") -> dict[str, str]:
         """What multiplies by each quantised layer's weight."""
@@ -141,13 +149,15 @@ def _measure(bundle: Bundle, provider: str, options: str, target: str | None) ->
             ran = _ran(Path(session.end_profiling()))
             optimised = onnx.load(str(Path(folder) / f"{name}.onnx"), load_external_data=False)
             joined = joined_weights(files[name])
+            fallen = [
+                (node.op_type, key) for key, node in ran.items() if node.provider == _CPU != configs[name].provider
+            ]
             found[name] = GraphPlacement(
-                nodes=dict(Counter(provider for _, provider in ran.values()).most_common()),
+                nodes=dict(Counter(node.provider for node in ran.values()).most_common()),
                 ops=dict(Counter(node.op_type for node in optimised.graph.node).most_common()),
                 forms={str(row["name"]): _form(optimised.graph, weight_of(row), joined) for row in weights[name]},
-                fallback=sorted(
-                    (op, node) for node, (op, where) in ran.items() if where == _CPU != configs[name].provider
-                ),
+                fallback=sorted(fallen),
+                heavy=sorted((op, node) for op, node in fallen if ran[node].large),
             )
         return found
 
@@ -161,14 +171,32 @@ def _profiled_session(file: Path, bundle: Bundle, config: SessionConfig, folder:
     return open_session(model_of(file, bundle.path, options), options, config, str(file))
 
 
-def _ran(profile: Path) -> dict[str, tuple[str, str]]:
-    """Node → (op type, provider), of every node that the profile saw running."""
-    events = json.loads(profile.read_text())
-    return {
-        event["name"].removesuffix(_SUFFIX): (event["args"]["op_name"], event["args"]["provider"])
-        for event in events
-        if event.get("cat") == "Node" and event["name"].endswith(_SUFFIX) and "provider" in event.get("args", {})
-    }
+@dataclass(frozen=True)
+class _Ran:
+    """A node that ran; `large`: it took or made a real tensor of more than `LARGEST_SETTING` numbers."""
+
+    op_type: str
+    provider: str
+    large: bool
+
+
+def _ran(profile: Path) -> dict[str, _Ran]:
+    """Every node that the profile saw running, by name."""
+    found: dict[str, _Ran] = {}
+    for event in json.loads(profile.read_text()):
+        facts = event.get("args", {})
+        if event.get("cat") == "Node" and event["name"].endswith(_SUFFIX) and "provider" in facts:
+            name = event["name"].removesuffix(_SUFFIX)
+            before = name in found and found[name].large
+            found[name] = _Ran(facts["op_name"], facts["provider"], before or _is_large(facts))
+    return found
+
+
+def _is_large(facts: Mapping[str, Any]) -> bool:
+    tensors = [*facts.get("input_type_shape", ()), *facts.get("output_type_shape", ())]
+    return any(
+        kind in REAL_TYPES and math.prod(shape) > LARGEST_SETTING for one in tensors for kind, shape in one.items()
+    )
 
 
 def joined_weights(file: Path) -> dict[str, str]:

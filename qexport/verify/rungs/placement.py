@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qexport.verify.checks import NOWHERE, Check, Place, at_most
-from qexport.verify.placement import HEAVY_OPS, Placement, check_fusion, measure_placement
+from qexport.verify.placement import Placement, check_fusion, measure_placement
 from qexport.verify.rungs.climb import Climb
 
 
@@ -24,10 +24,10 @@ def check_placement(climb: Climb) -> None:
 
 def _check_fallback(placement: Placement) -> Check:
     """Did anything that matters run on the CPU unasked?"""
-    heavy = [node for node in placement.fallback if node[1] in HEAVY_OPS]
+    heavy = placement.heavy
     place = Place(heavy[0][0]) if heavy else NOWHERE
     detail = f"{len(placement.fallback)} nodes on the CPU in all" if placement.provider != "cpu" else "all on the CPU"
     if heavy:
         detail = f"{heavy[0][1]} {heavy[0][2]!r} ran on the CPU; {detail}"
-    name = "matrix operations that fell back to the CPU"
+    name = "operators that fell back to the CPU with their data"
     return at_most(name, len(heavy), 0, place, detail, "nodes")

@@ -1,4 +1,4 @@
-"""`GroupNormAsInstanceNorm` against onnx.reference: the graph before and after computes the same."""
+"""`GroupNormAsLayerNorm` against onnx.reference: the graph before and after computes the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from qexport.graph.passes.group_norm import GroupNormAsInstanceNorm
+from qexport.graph.passes.group_norm import GroupNormAsLayerNorm
 
 RNG = np.random.default_rng(0)
 
@@ -33,7 +33,7 @@ def test_same_numbers(groups, channels, epsilon):
     x = (RNG.normal(size=(2, channels, 3, 5)) * 3 + 1).astype(np.float32)
     want = ReferenceEvaluator(before).run(None, {"x": x})[0]
     model = ir.serde.deserialize_model(before)
-    assert GroupNormAsInstanceNorm()(model).modified
+    assert GroupNormAsLayerNorm()(model).modified
     assert "GroupNormalization" not in {node.op_type for node in model.graph}
     after = ir.serde.serialize_model(model)
     onnx.checker.check_model(after, full_check=True)
@@ -47,4 +47,4 @@ def test_a_graph_without_one_is_left_alone():
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, (2,))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, (2,))],
     )
-    assert not GroupNormAsInstanceNorm()(ir.serde.deserialize_model(helper.make_model(graph))).modified
+    assert not GroupNormAsLayerNorm()(ir.serde.deserialize_model(helper.make_model(graph))).modified

@@ -10,15 +10,18 @@ from onnx import TensorProto, helper
 
 from qexport.lower import lower
 from qexport.verify.placement import (
+    LARGEST_SETTING,
     MISSING,
     UNFUSED,
     GraphPlacement,
     Placement,
     _form,
+    _ran,
     check_fusion,
     joined_weights,
     measure_placement,
 )
+from qexport.verify.rungs.placement import _check_fallback
 
 ROW = {"name": "fc", "graph": "step", "shape": [8, 64], "format": "int4", "group_size": 32, "algorithm": "rtn"}
 
@@ -73,6 +76,53 @@ def test_forms_are_read_off_the_optimised_graph():
     one = node("MatMul", ["x", "both.weight"], ["y"])
     assert _form(graph(one), "fc.weight", joined) == "MatMul, in one product of 2 layers"
     assert _form(graph(one), "fc.weight", {}) == MISSING
+
+
+def event(name: str, *inputs: tuple[str, list[int]], out: tuple[str, list[int]] = ("int64", [1])) -> dict:
+    """A node that ran, as ONNX Runtime's profiles tell it."""
+    facts = {
+        "op_name": name, "provider": "CPUExecutionProvider",
+        "input_type_shape": [{kind: shape} for kind, shape in inputs], "output_type_shape": [{out[0]: out[1]}],
+    }  # fmt: skip
+    return {"cat": "Node", "name": f"{name}_kernel_time", "args": facts}
+
+
+@pytest.mark.parametrize(
+    ("ran", "large"),
+    [
+        ([event("InstanceNormalization", ("float", [2, 32, 4096]))], True),
+        ([event("Expand", ("float", []), ("int64", [3]), out=("float16", [2, 32, 4096]))], True),
+        ([event("Add", ("bfloat16", [LARGEST_SETTING + 1]))], True),
+        ([event("Add", ("float", [LARGEST_SETTING]))], False),
+        ([event("Concat", ("int64", [1]), ("int64", [3]), out=("int64", [4]))], False),
+        ([event("Gather", ("int64", [50_000]), out=("int64", [50_000]))], False),
+        ([event("Clip", ("float", []), out=("float", []))], False),
+        ([event("Mul", ("float", [4096, 0]), out=("float", [4096, 0]))], False),
+        ([event("Add", ("float", [2, 4096])), event("Add", ("float", [1]))], True),
+    ],
+    ids=["map", "made", "just above", "just below", "shape", "many whole numbers", "scalar", "empty", "once of twice"],
+)
+def test_a_fallback_is_heavy_by_what_it_moves(tmp_path, ran, large):
+    profile = tmp_path / "profile.json"
+    others = [{"cat": "Session", "name": "model_run"}, {"cat": "Node", "name": "Add_fence_before", "args": {}}]
+    profile.write_text(json.dumps([*others, *ran]))
+    name = ran[0]["args"]["op_name"]
+    found = _ran(profile)
+    assert {key: (node.op_type, node.provider) for key, node in found.items()} == {name: (name, "CPUExecutionProvider")}
+    assert found[name].large == large
+
+
+def test_a_heavy_fallback_fails_and_a_light_one_is_counted():
+    shape, norm = ("Concat", "shape"), ("InstanceNormalization", "decoder/norm")
+    light = GraphPlacement({}, {}, {}, fallback=[shape])
+    heavy = GraphPlacement({}, {}, {}, fallback=[shape, norm], heavy=[norm])
+    passed = _check_fallback(Placement("cuda", {"serve": {"step": light}}))
+    assert passed.passed
+    assert passed.detail == "1 nodes on the CPU in all"
+    failed = _check_fallback(Placement("cuda", {"serve": {"step": light, "decode": heavy}, "exact": {"step": heavy}}))
+    assert not failed.passed
+    assert failed.place.graph == "decode"
+    assert failed.detail.startswith("InstanceNormalization 'decoder/norm' ran on the CPU; 3 nodes")
 
 
 def test_joined_layers_are_found(w4_bundle, tmp_path):
