@@ -9,6 +9,10 @@ gains 2 to 6 %, a rotary embedding in one node 4 % (of a tiny LlamaGen, where th
 SkipLayerNormalization loses 10 to 27 % (its kernel there is scalar); bias with GELU, one GEMM for all modulations and
 the fused attention gain nothing. So the first two are used there and the others are not.
 
+On the CUDA provider (1.31.1, H100, DiT-XL/2 in float16, one forward of 2, 16 and 64 samples as a CUDA graph) a norm
+that takes its modulation gains 2.7, 1.8 and 2.0 %: 2.948 → 2.867, 11.399 → 11.198, 43.63 → 42.75 ms. It comes before
+`SkipNorm`, which gets the norms that nothing modulates.
+
 Session options are not here but in `qexport.targets`, which the runtime reads without onnx.
 """
 
@@ -23,11 +27,13 @@ from qexport.errors import UnsupportedError
 from qexport.lower.passes.bias_gelu import BiasGelu
 from qexport.lower.passes.bias_rank import BiasRank
 from qexport.lower.passes.chunks_of_heads import ChunksOfHeads
+from qexport.lower.passes.constant_topk import ConstantTopk
 from qexport.lower.passes.fold_offset import FoldOffset
 from qexport.lower.passes.fused_attention import FusedAttention
 from qexport.lower.passes.heads_in_place import HeadsInPlace
 from qexport.lower.passes.idle_transpose import IdleTranspose
 from qexport.lower.passes.joined_bias import JoinedBias
+from qexport.lower.passes.modulated_norm import ModulatedNorm
 from qexport.lower.passes.rms_norm import RmsNorm
 from qexport.lower.passes.rotary import Rotary
 from qexport.lower.passes.shared_input_gemm import SharedInputGemm
@@ -102,7 +108,8 @@ TARGETS: Mapping[str, Target] = {
         Target("ort-cpu", "cpu", ("float32",), (*SHAPING, *NORMS_AND_HEADS, Rotary), _none),
         Target(
             "ort-cuda", "cuda", ("float16", "float32"),
-            (*SHAPING, SharedInputGemm, *NORMS_AND_HEADS, FusedAttention, *CONTRIB, BiasRank), _none,
+            (*SHAPING, SharedInputGemm, *NORMS_AND_HEADS, FusedAttention, ModulatedNorm, *CONTRIB,
+             BiasRank, ConstantTopk), _none,
         ),
         Target("tensorrt", "tensorrt", ("float32",), (*SHAPING, SharedInputGemm), _tensorrt),
     )

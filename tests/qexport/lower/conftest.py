@@ -28,6 +28,15 @@ def dit_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def dit_float_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """dit-c10-d2 with weights in fp16."""
+    from qexport.pipeline import quantize
+    from qexport.scheme import preset
+
+    return quantize("dit-c10-d2", scheme=preset(16), out=tmp_path_factory.mktemp("dit16") / "dit-c10-d2-w16a16")
+
+
+@pytest.fixture(scope="session")
 def llamagen_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A tiny LlamaGen of random weights at 4 bits."""
     from tiny_models import tiny_llamagen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,7 +12,10 @@ import onnxruntime
 from onnx import helper, numpy_helper, parser
 from onnx_ir.passes import common
 
+from qexport.lower import graphs
+from qexport.lower.passes.half import HalfPrecision
 from qexport.lower.rewrite import Rewrite
+from qexport.lower.targets import TARGETS
 
 LIMIT = 1e-6
 """Relative L2 in float32: a rewrite reorders a few operations, each of which rounds by 6e-8."""
@@ -87,3 +91,11 @@ def refused(model: ir.Model, rewrite: Rewrite, reason: str) -> None:
 def operators(model: ir.Model) -> list[str]:
     """Operators in order; those of other domains with their domain."""
     return [f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph]
+
+
+def lowered(file: Path, target: str, dtype: str = "float32") -> ir.Model:
+    """A portable graph with the rewrites of a target, in memory."""
+    model = graphs.read_graph(file)
+    steps = [step() for step in TARGETS[target].rewrites]
+    graphs.rewrite(model, [*steps, HalfPrecision()] if dtype == "float16" else steps)
+    return model

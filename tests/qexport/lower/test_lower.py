@@ -117,10 +117,13 @@ def test_bytes_are_shared_and_counted(request, copied, name):
     assert {location for location, _ in lowered.values()} == {"weights.data", "targets/ort-cuda/weights.data"}
     shared = [name for name, (location, _) in lowered.items() if location == "weights.data"]
     assert all(lowered[name] == portable[name.removesuffix(".11N")] for name in shared)
-    # What was joined is the modulation of the blocks; everything else that is large is shared.
-    changed = sum(length for location, length in lowered.values() if location != "weights.data")
+    # What was joined is the modulation of the blocks; everything else that is large is shared, but for the places in a
+    # row of logits, which `constant_topk` compares with the count.
+    changed = {name: length for name, (location, length) in lowered.items() if location != "weights.data"}
+    places = changed.pop("lower.places.4096", 0)
+    assert places == (8 * 4096 if name == "w4_bundle" else 0)
     modulation = sum(length for name, (_, length) in portable.items() if "blocks." in name and ".ada" in name.lower())
-    assert changed <= 1.1 * modulation
+    assert sum(changed.values()) <= 1.1 * modulation
 
 
 def test_the_rest_of_the_bundle_is_what_it_was(w4_bundle, copied):
@@ -160,9 +163,9 @@ def test_a_failure_leaves_the_bundle_as_it_was(w4_bundle, copied, monkeypatch):
 
 def test_a_graph_without_anything_to_rewrite_has_no_file(dit_bundle, copied):
     path = copied(dit_bundle)
-    report = lower(path, "ort-cuda")
-    assert report.files == ("targets/ort-cuda/denoise.onnx", "targets/ort-cuda/weights.data")
-    files = Bundle.open(path).graph_files("ort-cuda")
+    report = lower(path, "ort-cpu")
+    assert report.files == ("targets/ort-cpu/denoise.onnx", "targets/ort-cpu/weights.data")
+    files = Bundle.open(path).graph_files("ort-cpu")
     assert files["decode"] == path / "decode.onnx"
 
 

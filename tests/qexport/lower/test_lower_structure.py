@@ -7,40 +7,32 @@ and var-d16 where there is time (`slow`).
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import onnx_ir as ir
 import published_shapes
 import pytest
+from lowering import lowered
 
-from qexport.lower.graphs import read_graph, rewrite
+from qexport.lower.graphs import read_graph
 from qexport.lower.matrices import read_matrix
-from qexport.lower.passes.half import HalfPrecision
 from qexport.lower.rewrite import producer
-from qexport.lower.targets import TARGETS
 from qexport.targets.fusion import MAX_BLOCK, MIN_BLOCK
+
+TARGET = "ort-cuda"
 
 DIT_BLOCK = {
     # Two products of the block's own and, for int4, the projection that the fused attention takes in fp16.
-    "MatMul": 4, "Attention": 1, "com.microsoft.FastGelu": 1, "com.microsoft.SkipLayerNormalization": 2,
-    "Split": 2, "Mul": 4, "Add": 5,
+    "MatMul": 4, "Attention": 1, "com.microsoft.FastGelu": 1,
+    "LayerNormalization": 2, "com.microsoft.SkipLayerNormalization": 0,
+    "Split": 2, "Mul": 2, "Add": 5, "Reshape": 0,
 }  # fmt: skip
-"""x·W of qkv, proj, fc1, fc2; adds: three biases and two shifts; multiplications: two scales and two gates."""
+"""x·W of qkv, proj, fc1, fc2; adds: three biases and two residuals; multiplications: two gates. The norms scale and
+shift, so that nothing of the modulation is left."""
 
 DIT_BLOCK_FP = {**DIT_BLOCK, "MatMul": 3, "Attention": 0, "com.microsoft.Attention": 1, "Split": 1, "Add": 4}
-VAR_BLOCK = {**DIT_BLOCK, "RMSNormalization": 2, "Mul": 5, "Reshape": 4}
+
+VAR_BLOCK = {**DIT_BLOCK, "RMSNormalization": 2, "Mul": 3, "Reshape": 4}
 """Cosine attention: two norms, the factor for each head, and reshapes, which move nothing."""
-
-FIRST = {"com.microsoft.SkipLayerNormalization": 1, "LayerNormalization": 1}
-"""No residual stands in front of the first norm; and the condition's SiLU, a product, is counted with the first block.
-"""
-
-
-def lowered(file: Path, dtype: str = "float32") -> ir.Model:
-    model = read_graph(file)
-    steps = [step() for step in TARGETS["ort-cuda"].rewrites]
-    rewrite(model, [*steps, HalfPrecision()] if dtype == "float16" else steps)
-    return model
 
 
 def block(model: ir.Model, number: int) -> Counter[str]:
@@ -66,10 +58,10 @@ def _from_parameters(value: ir.Value) -> bool:
 
 def check_block(model: ir.Model, number: int, expected: dict[str, int]) -> None:
     found = block(model, number)
-    if number == 0:
-        expected = expected | FIRST | {"Mul": expected["Mul"] + 1}
+    if number == 0:  # the condition's SiLU is counted with the first block
+        expected = expected | {"Mul": expected["Mul"] + 1}
     assert {name: found[name] for name in expected} == expected
-    for absent in ("Transpose", "Unsqueeze", "Slice", "Gather", "Concat", "LayerNormalization", "Gelu", "Div"):
+    for absent in ("Transpose", "Unsqueeze", "Slice", "Gather", "Concat", "Gelu", "Div"):
         assert found[absent] == expected.get(absent, 0), (absent, found)
 
 
@@ -99,19 +91,34 @@ def check_no_bias_before_a_fusable_operator(model: ir.Model) -> None:
             assert producer(node.inputs[0], "Add") is None, node.name
 
 
+def check_norms_modulate(model: ir.Model, count: int) -> None:
+    """Every norm takes scale and shift, one row for each sample, from the product of all modulations."""
+    norms = [node for node in model.graph if node.op_type == "LayerNormalization"]
+    assert len(norms) == count
+    for node in norms:
+        assert len(node.inputs) == 3, node.name
+        assert all(value is not None and not _from_parameters(value) for value in node.inputs), node.name
+
+
 def modulation_products(model: ir.Model) -> list[str]:
     return [str(node.name) for node in model.graph if node.op_type == "MatMul" and ".ada" in str(node.name)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(
-    ("bundle", "graph", "block"), [("dit_bundle", "denoise", DIT_BLOCK), ("w4_bundle", "step", VAR_BLOCK)]
+    ("bundle", "graph", "expected", "quantised"),
+    [
+        ("dit_bundle", "denoise", DIT_BLOCK, 1 + 2 * 4),
+        ("dit_float_bundle", "denoise", DIT_BLOCK_FP, 0),
+        ("w4_bundle", "step", VAR_BLOCK, 1 + 2 * 4),
+    ],
 )
-def test_small_models(bundle, graph, block, dtype, request):
-    model = lowered(request.getfixturevalue(bundle).path / f"{graph}.onnx", dtype)
+def test_small_models(bundle, graph, expected, quantised, dtype, request):
+    model = lowered(request.getfixturevalue(bundle).path / f"{graph}.onnx", TARGET, dtype)
     for number in range(2):
-        check_block(model, number, block)
-    check_weights(model, layers=1 + 2 * 4)
+        check_block(model, number, expected)
+    check_norms_modulate(model, 2 * 2 + 1)
+    check_weights(model, quantised)
     check_no_bias_before_a_fusable_operator(model)
     assert len([name for name in modulation_products(model) if "blocks" in name]) == 1
 
@@ -122,6 +129,8 @@ def test_the_portable_graph_would_not_pass(w4_bundle):
         check_block(model, 1, VAR_BLOCK)
     with pytest.raises(AssertionError):
         check_no_bias_before_a_fusable_operator(model)
+    with pytest.raises(AssertionError):
+        check_norms_modulate(model, 2 * 2 + 1)
     assert len(modulation_products(model)) == 2 + 1
 
 
@@ -131,9 +140,10 @@ def test_the_portable_graph_would_not_pass(w4_bundle):
     [("dit-xl-2-256", 4, DIT_BLOCK, 28), ("dit-xl-2-256", 16, DIT_BLOCK_FP, 28), ("var-d16", 4, VAR_BLOCK, 16)],
 )
 def test_published_size(tmp_path, name, bits, expected, depth):
-    model = lowered(published_shapes.write(name, bits, tmp_path), "float16")
+    model = lowered(published_shapes.write(name, bits, tmp_path), TARGET, "float16")
     for number in range(depth):
         check_block(model, number, expected)
+    check_norms_modulate(model, 2 * depth + 1)
     check_weights(model, layers=1 + 4 * depth if bits == 4 else 0)
     check_no_bias_before_a_fusable_operator(model)
     joined = [found for found in modulation_products(model) if "_more" in found]

@@ -72,8 +72,8 @@ def test_large_batches_of_a_denoiser_are_not_slowed_down_on_cuda(dit_bundle, cop
     path = copied(dit_bundle)
     calls = forced.recorded(path, [1, 2])
     one = lower(path, "ort-cuda", optimize="latency", batch=64)
-    assert one.aim["device"] == "NVIDIA H100 80GB"
-    assert all(choice.dense for choice in one.choices)  # 2 · 64 · 64 rows; on an H100 fp16 is faster from some 16 on
+    assert "H100" in one.aim["device"]
+    assert all(choice.dense for choice in one.choices)  # 2 · 64 · 64 rows; on an H100 fp16 is faster from some 64 on
     assert one.graphs["denoise"]["projection and attention in one"].rewritten == 2  # which takes floating point only
     assert max(max(found.values()) for found in forced.distances(path, "ort-cuda", calls)) <= HALF_LIMIT
     forms = measure_placement(Bundle.open(path), "cpu", ("serve",), "ort-cuda").forms()
