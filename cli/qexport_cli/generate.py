@@ -66,6 +66,9 @@ def generate(
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; one per core if left out.")
     ] = None,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="On CUDA: record each graph once and play it back; faster.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Draw images with a bundle, as a PNG grid.
@@ -87,7 +90,7 @@ def generate(
 
     with work() as report:
         report("load", 0, 1)
-        runtime = load(bundle, provider=provider, threads=threads, target=target)
+        runtime = load(bundle, provider=provider, threads=threads, target=target, cuda_graphs=cuda_graphs)
         report("load", 1, 1)
         model = runtime.bundle.manifest.model
         count = model.num_classes
@@ -112,6 +115,7 @@ def generate(
                 "out": str(out), "separate": [str(file) for file in files], "bundle": str(bundle),
                 "model": model.name, "source": model.source, "seed": seed, "classes": labels, "inputs": inputs,
                 "batch": batch, "provider": runtime.provider, "seconds": round(spent_s, 3),
+                "cuda_graphs": cuda_graphs, "uncaptured": list(runtime.uncaptured),
             }
         )  # fmt: skip
         return
@@ -120,6 +124,7 @@ def generate(
             **warning(model.source),
             "images": f"{n} in {seconds(spent_s)} on {runtime.provider} ({spent_s / n * 1000:.3g} ms each)",
             "seed": seed,
+            **({"no CUDA graph": ", ".join(runtime.uncaptured)} if runtime.uncaptured else {}),
             **({"separate": f"{len(files)} files in {separate}"} if separate is not None else {}),
         }
     )

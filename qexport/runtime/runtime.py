@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from itertools import count
 from pathlib import Path
@@ -12,6 +14,7 @@ from onnxruntime import OrtValue
 
 from qexport.bundle import Bundle, Manifest
 from qexport.errors import InputError
+from qexport.runtime.captured import captured_sessions, static_backend
 from qexport.runtime.inputs import check_inputs, is_per_image, label_input, to_arrays
 from qexport.runtime.ort_backend import OrtBackend
 from qexport.runtime.player import Player
@@ -27,13 +30,21 @@ Progress = Callable[[int, int], None]
 
 
 class Runtime:
-    """A bundle with its sessions. Make one with `load`; it may be shared by threads."""
+    """A bundle with its sessions. Make one with `load`; it may be shared by threads.
 
-    def __init__(self, bundle: Bundle, player: Player[OrtValue], provider: str) -> None:
+    `uncaptured` names the graphs that ONNX Runtime would not take as CUDA graphs, though they were asked for.
+    """
+
+    def __init__(
+        self, bundle: Bundle, player: Player[OrtValue], provider: str, uncaptured: Sequence[str] = (),
+        one_at_a_time: bool = False,
+    ) -> None:  # fmt: skip
         """Use `load`."""
         self.bundle = bundle
         self.player = player
         self.provider = provider
+        self.uncaptured = tuple(uncaptured)
+        self._turn = threading.Lock() if one_at_a_time else contextlib.nullcontext()
 
     def generate(
         self,
@@ -123,7 +134,8 @@ class Runtime:
         for start in range(0, total, batch):
             stop = min(start + batch, total)
             part = {name: value[start:stop] if name in split else value for name, value in values.items()}
-            images = player.play(part, seed=seed, first_index=first_index + start, called=called)
+            with self._turn:
+                images = player.play(part, seed=seed, first_index=first_index + start, called=called)
             yield images.astype(np.float32, copy=False)
 
 
@@ -134,6 +146,7 @@ def load(
     threads: int | None = None,
     target: str | None = None,
     check: Literal["full", "size"] = "full",
+    cuda_graphs: bool = False,
 ) -> Runtime:
     """Open a bundle and make a session for each of its graphs.
 
@@ -144,19 +157,27 @@ def load(
         threads: CPU threads for one operator; None leaves it to ONNX Runtime.
         target: run the graphs that were lowered to it instead of the portable ones.
         check: ``"full"`` verifies every hash, ``"size"`` only sizes.
+        cuda_graphs: on CUDA, record what a graph does once for every shape and play it back, which takes the launching
+            of kernels off the processor. The first images of a batch size are slower; threads take turns; graphs that
+            cannot be recorded run as ever (`Runtime.uncaptured`).
 
     Raises:
         BundleError: the bundle is damaged, or ONNX Runtime cannot load it.
-        InputError: no bundle, no such provider, or the provider cannot be used here.
+        InputError: no bundle, no such provider, the provider cannot be used here, or CUDA graphs without CUDA.
     """
     chosen = choose_provider(provider)
+    if cuda_graphs and chosen != "cuda":
+        raise InputError(f"CUDA graphs need CUDA, and the provider is {chosen}; leave them out")
     bundle = Bundle.open(path, check)
     files = bundle.graph_files(target)
     configs = {name: session_config(chosen, options, quant_traits(bundle.manifest, name)) for name in files}
-    sessions = {name: make_session(file, bundle.path, configs[name], threads) for name, file in files.items()}
     device = next(iter(configs.values())).device
-    player = Player(bundle.plan, OrtBackend(sessions, device), bundle.tables())
-    return Runtime(bundle, player, chosen)
+    if cuda_graphs:
+        sessions, uncaptured = captured_sessions(files, bundle.path, configs, threads)
+        player = Player(bundle.plan, static_backend(bundle.plan, sessions, device), bundle.tables())
+        return Runtime(bundle, player, chosen, uncaptured, one_at_a_time=True)
+    sessions = {name: make_session(file, bundle.path, configs[name], threads) for name, file in files.items()}
+    return Runtime(bundle, Player(bundle.plan, OrtBackend(sessions, device), bundle.tables()), chosen)
 
 
 def quant_traits(manifest: Manifest, graph: str | None = None) -> QuantTraits:

@@ -9,7 +9,7 @@ new shapes is an ordinary one, from which the shapes of outputs are learnt; it i
 Unlike `OrtBackend`, a result is overwritten two calls later, and one backend serves one batch at a time: not for
 observers that keep values, not to be shared by threads, and only for plans that `check_plan` lets pass.
 
-Not measured on CUDA. The tests run it on the CPU, where the same buffers and bindings are used and nothing is captured.
+The tests run it on the CPU, where the same buffers and bindings are used and nothing is captured.
 """
 
 from __future__ import annotations
