@@ -1,61 +1,78 @@
 """The CUDA table: this project's own bundles, lowered to ort-cuda, against torch, on the device at hand.
 
-    python benchmarks/cuda_table.py --out benchmarks/results/cuda_table       on a machine with a GPU
-    python benchmarks/cuda_table.py --rehearse                                on any: small, on the CPU, no claim
+    python benchmarks/cuda_table.py --make SKELETONS                on any machine: one small file a bundle
+    python benchmarks/cuda_table.py --from SKELETONS --out STEM     on a machine with a GPU: minutes, not hours
+    python benchmarks/cuda_table.py --out STEM                      the same without skeletons: makes the bundles there
+    python benchmarks/cuda_table.py --rehearse                      on any: small, on the CPU, no claim
 
 DiT-XL/2: one forward of the denoising graph for 1, 8 and 32 images (the batch inside is twice that: 2, 16, 64). VAR:
 whole images, batch 1, 8 and 32. Forms: fp16, W8A16, W4A16, W8A8 in int8 and fp8, two also with `--optimize latency`
-for the largest batch, each lowered with float16 compute, each forward also under a CUDA graph (everything bound, one
-graph id a batch); torch eager and torch.compile (reduce-overhead) in the same run. Weights are random numbers of the
-published shapes; speed does not depend on them. Every form has a process of its own. A row holds median, least and
-greatest of its runs, the memory that the device lost to it, and how many heavy nodes fell back to the CPU (must be
-none); without a GPU it says "not measured on CUDA".
+for the largest batch, each lowered with float16 compute, each also under CUDA graphs (everything bound; VAR: every
+scale a graph of its own on fixed buffers); torch eager and torch.compile (reduce-overhead) in the same run. Weights are
+random numbers of the published shapes; speed does not depend on them (`benchmarks/skeleton.py`).
+
+Every form has processes of its own, the most important forms first, for all models. A row holds median, least and
+greatest of its runs and the memory that the device lost to it once loaded, and after this batch (with all before it;
+`benchmarks/cuda_parts.py` says what is not counted). The second table is about whole bundles: bytes on disk, memory
+with all sessions made and after one image, as ONNX Runtime does it by default and frugally, each also relative to
+fp16, and how many heavy nodes fell back to the CPU (must be none). Both are written after every row. What was not
+measured says why.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import multiprocessing
-import statistics
+import lzma
+import os
+import platform
+import shutil
+import subprocess
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import cuda_parts as parts
 import numpy as np
+from cuda_parts import Form, Runs, Subject
+from parts import in_a_process
+from skeleton import FACTS, pack, unpack
 
-SEED = 0
-TARGET = "ort-cuda"
 UNMEASURED = "not measured on CUDA"
+NOT_NOW = "not measured:"
+"""What begins so is tried again by `--resume`."""
+OUT_OF_TIME = f"{NOT_NOW} out of time"
+MAKING_SECONDS = 3600.0
 
-FORMS: dict[str, tuple[int, int, str, bool]] = {
-    "fp16": (16, 16, "int", False),
-    "W8A16": (8, 16, "int", False),
-    "W4A16": (4, 16, "int", False),
-    "W4A16, --optimize latency": (4, 16, "int", True),
-    "W8A8-int8": (8, 8, "int", False),
-    "W8A8-int8, --optimize latency": (8, 8, "int", True),
-    "W8A8-fp8": (8, 8, "fp8", False),
+FORMS: dict[str, Form] = {
+    "fp16": Form("fp16", 16),
+    "w8a16": Form("W8A16", 8),
+    "w4a16": Form("W4A16", 4),
+    "w4a16-latency": Form("W4A16, --optimize latency", 4, optimised=True),
+    "w8a8-int8": Form("W8A8-int8", 8, 8),
+    "w8a8-int8-latency": Form("W8A8-int8, --optimize latency", 8, 8, optimised=True),
+    "w8a8-fp8": Form("W8A8-fp8", 8, 8, "fp8"),
 }
-"""Bits of weights and activations, the number format, and whether forms are chosen for the largest batch."""
+TORCH = {"torch-eager": "torch eager fp16", "torch-compile": "torch.compile fp16"}
 
-TORCH = ("torch eager fp16", "torch.compile fp16")
+ORDER = (
+    "fp16", "torch-eager", "w4a16", "w8a16", "torch-compile", "w4a16-latency", "w8a8-fp8", "w8a8-int8",
+    "w8a8-int8-latency",
+)  # fmt: skip
+"""What is measured first, in case time runs out."""
 
+MEMORY_OPTIONS = {
+    "default": {},
+    "frugal": {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_use_max_workspace": "0"},
+}
+"""Options of the CUDA provider under which the memory of whole bundles is taken."""
 
-@dataclass(frozen=True)
-class Subject:
-    """A model; `forward` names the graph of which one call is timed, None times whole images."""
-
-    name: str
-    forward: str | None
-    batches: tuple[int, ...]
-    random: bool = True
-
+FRUGAL_FORMS = ("fp16", "W4A16")
 
 SUBJECTS = (
     Subject("dit-xl-2-256", "denoise", (1, 8, 32)),
@@ -68,290 +85,217 @@ REHEARSAL = (
 )
 
 
-@dataclass(frozen=True)
-class Runs:
-    """How often: warm-up, then timed."""
-
-    warmup: int
-    timed: int
+def archive(folder: Path, subject: Subject, form: str) -> Path:
+    """Where a skeleton lies."""
+    return folder / f"{subject.name}-{form}.tar.xz"
 
 
-# In children --------------------------------------------------------------------------------------------------------
+def make(folder: Path, bundles: Path, subjects: Sequence[Subject], forms: Sequence[str]) -> list[dict[str, Any]]:
+    """A skeleton for every model and form that has none in `folder`; bundles are deleted once they are packed."""
+    answers = []
+    for form in (form for form in forms if form in FORMS):
+        for subject in subjects:
+            out, bundle = archive(folder, subject, form), bundles / f"{subject.name}-{form}"
+            if not out.exists():
+                arguments = (subject, FORMS[form], str(bundle))
+                failed = in_a_process(parts.make_part, arguments, MAKING_SECONDS, lambda batch, found: None)
+                if failed is None:
+                    pack([bundle], out)
+                    shutil.rmtree(bundle)
+                else:
+                    answers.append({"model": subject.name, "form": FORMS[form].name, "failed": failed})
+                    continue
+            answers.append({"skeleton": out.name, "bytes": out.stat().st_size})
+            print(json.dumps(answers[-1]), flush=True)
+    return answers
 
 
-def device_bytes() -> int | None:
-    """Memory of the device that is taken, by anyone; None without a device."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    if not torch.cuda.is_available():
-        return None
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+@dataclass
+class Table:
+    """The measuring: where bundles come from, until when, and what has been found."""
+
+    provider: str
+    runs: Runs
+    folder: Path
+    skeletons: Path | None
+    deadline: float
+    timeout: float
+    out: Path | None
+    captured_only: bool = False
+    report: dict[str, Any] = field(default_factory=lambda: {"rows": [], "bundles": []})
+
+    def measure(self, subject: Subject, form: str) -> None:
+        """Every row of one model in one form."""
+        name = FORMS[form].name if form in FORMS else TORCH[form]
+        if form in TORCH:
+            compiled = form == "torch-compile"
+            self._time(subject, name, parts.torch_part, lambda left: (left, self.provider, compiled, self.runs))
+            return
+        labels = {f"{name}, CUDA graph" if self.provider == "cuda" else f"{name}, fixed buffers": True, name: False}
+        if self.provider == "cpu" and subject.forward is not None:
+            labels = {name: False}  # CUDA graphs need a GPU, and buffers are fixed anyway
+        elif self.captured_only:
+            del labels[name]
+        if not any(self._missing(subject, label) for label in labels) and self._described(subject, name):
+            return
+        try:
+            if self._left() <= 0:
+                raise Unavailable(OUT_OF_TIME)
+            with self._bundle(subject, form) as bundle:
+                part = parts.image_part if subject.forward is None else parts.forward_part
+                for label, captured in labels.items():
+                    self._time(
+                        subject, label, part,
+                        lambda left, captured=captured: (bundle, left, self.provider, captured, self.runs),
+                    )  # fmt: skip
+                if not self._described(subject, name):
+                    self._describe(subject, name, bundle)
+        except Unavailable as error:
+            for label in labels:
+                self._failed(subject, label, str(error))
+
+    def _describe(self, subject: Subject, name: str, bundle: Path) -> None:
+        """The row of a whole bundle."""
+        facts = bundle / FACTS
+        row: dict[str, Any] = {"model": subject.name, "form": name}
+        row |= json.loads(facts.read_text()) if facts.exists() else {"size_bytes": _bundle_bytes(bundle)}
+        self.report["bundles"].append(row)
+
+        for kind, options in MEMORY_OPTIONS.items():
+            if kind != "default" and name not in FRUGAL_FORMS:
+                continue
+
+            def heard(batch: int, found: dict[str, Any], kind: str = kind) -> None:
+                row.update({f"{kind}_{key}" if "bytes" in key else key: value for key, value in found.items()})
+
+            given = options if self.provider == "cuda" else {}
+            failed = self._run(parts.bundle_part, (bundle, self.provider, given, kind == "default"), heard)
+            row.update({f"{kind}_failed": failed} if failed else {})
+            self.write()
+        print(json.dumps(row), flush=True)
+
+    def _time(self, subject: Subject, label: str, part: Any, arguments: Callable[[Subject], tuple[Any, ...]]) -> None:
+        """The rows of one part that are missing, each written as soon as it is there."""
+        missing = self._missing(subject, label)
+        if not missing:
+            return
+
+        def heard(batch: int, found: dict[str, Any]) -> None:
+            self._add({"model": subject.name, "form": label, "batch": batch, **found})
+
+        failed = self._run(part, arguments(replace(subject, batches=missing)), heard)
+        if failed:
+            self._failed(subject, label, failed)
+
+    def _run(self, part: Any, arguments: tuple[Any, ...], heard: Any) -> str | None:
+        seconds = min(self.timeout, self._left())
+        if seconds <= 0:
+            return OUT_OF_TIME
+        failed = in_a_process(part, arguments, seconds, heard)
+        cut = failed is not None and seconds < self.timeout and self._left() <= 0
+        return OUT_OF_TIME if cut else failed
+
+    def _failed(self, subject: Subject, label: str, reason: str) -> None:
+        """A row that says why for each batch that has none."""
+        for batch in self._missing(subject, label):
+            self._add({"model": subject.name, "form": label, "batch": batch, "failed": reason})
+
+    def _missing(self, subject: Subject, label: str) -> tuple[int, ...]:
+        rows = [row for row in self.report["rows"] if (row["model"], row["form"]) == (subject.name, label)]
+        return tuple(batch for batch in subject.batches if batch not in {row["batch"] for row in rows})
+
+    def _described(self, subject: Subject, name: str) -> bool:
+        return any((row["model"], row["form"]) == (subject.name, name) for row in self.report["bundles"])
+
+    @contextmanager
+    def _bundle(self, subject: Subject, form: str) -> Iterator[Path]:
+        """A bundle's folder, deleted afterwards if it came from a skeleton."""
+        bundle = self.folder / f"{subject.name}-{form}"
+        if self.skeletons is None:
+            failed = self._made(subject, form, bundle)
+            if failed:
+                raise Unavailable(failed)
+            yield bundle
+            return
+        packed = archive(self.skeletons, subject, form)
+        if not packed.exists():
+            raise Unavailable(f"{NOT_NOW} no skeleton {packed.name}")
+        try:
+            try:
+                unpack(packed, self.folder)
+            except (OSError, tarfile.TarError, lzma.LZMAError) as error:
+                raise Unavailable(f"{NOT_NOW} {packed.name}: {type(error).__name__}: {error}") from error
+            yield bundle
+        finally:
+            shutil.rmtree(bundle, ignore_errors=True)
+
+    def _made(self, subject: Subject, form: str, bundle: Path) -> str | None:
+        arguments = (subject, FORMS[form], str(bundle))
+        return in_a_process(parts.make_part, arguments, min(MAKING_SECONDS, self._left()), lambda batch, found: None)
+
+    def _left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def _add(self, row: dict[str, Any]) -> None:
+        self.report["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Both files, where there is a place for them."""
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.with_suffix(".json").write_text(json.dumps(self.report, indent=1) + "\n")
+            self.out.with_suffix(".md").write_text(markdown(self.report))
 
 
-def timed(run: Callable[[], object], runs: Runs) -> dict[str, Any]:
-    """Milliseconds of a call that has finished its work when it returns."""
-    for _ in range(runs.warmup):
-        run()
-    seconds = []
-    for _ in range(runs.timed):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    ms = [value * 1e3 for value in seconds]
-    return {"ms": round(statistics.median(ms), 3), "ms_min": round(min(ms), 3), "ms_max": round(max(ms), 3)}
+class Unavailable(Exception):  # noqa: N818 - it is no error
+    """There is no bundle to measure; says why."""
 
 
-def forward_rows(bundle: Path, subject: Subject, provider: str, captured: bool, runs: Runs) -> dict[str, Any]:
-    """One call of a graph at each batch, all inputs and outputs bound; `captured`: as a CUDA graph."""
-    import onnxruntime
-
+def _bundle_bytes(bundle: Path) -> int:
     from qexport.bundle import Bundle
-    from qexport.runtime.runtime import quant_traits
-    from qexport.runtime.session import make_session
-    from qexport.targets import ort_cuda, session_config
 
-    opened = Bundle.open(bundle, check="size")
-    graph = str(subject.forward)
-    config = session_config(provider, "serve", quant_traits(opened.manifest, graph))
-    if captured:
-        config = ort_cuda.captured(config)
-    session = make_session(opened.graph_files(TARGET)[graph], opened.path, config)
-    found = {}
-    for batch in subject.batches:
-        binding = session.io_binding()
-        kept = []  # a CUDA graph replays on the addresses that it saw
-        for name, array in feeds(session, batch).items():
-            kept.append(onnxruntime.OrtValue.ortvalue_from_numpy(array, config.device, 0))
-            binding.bind_ortvalue_input(name, kept[-1])
-        for output in session.get_outputs():
-            binding.bind_output(output.name, config.device, 0)
-        session.run_with_iobinding(binding)
-        if captured:
-            for output, value in zip(session.get_outputs(), binding.get_outputs(), strict=True):
-                kept.append(value)
-                binding.bind_ortvalue_output(output.name, value)
-        options = onnxruntime.RunOptions()
-        if captured:
-            options.add_run_config_entry("gpu_graph_id", str(batch))
-
-        def run(binding: Any = binding, options: Any = options) -> None:
-            session.run_with_iobinding(binding, options)
-            binding.synchronize_outputs()
-
-        found[str(batch)] = timed(run, runs)
-    return found
+    return Bundle.open(bundle, "size").size_bytes
 
 
-def feeds(session: Any, batch: int) -> dict[str, np.ndarray]:
-    """Something for every input: noise, class 1, timesteps and scales of 1."""
-    rng = np.random.default_rng(SEED)
-    found = {}
-    for port in session.get_inputs():
-        shape = [batch if isinstance(size, str) else size for size in port.shape]
-        if "int64" in port.type:
-            found[port.name] = np.ones(shape, np.int64)
-        elif port.name == "row" or not shape:
-            found[port.name] = np.ones(shape, np.float32)
-        else:
-            found[port.name] = rng.normal(size=shape).astype(np.float32)
-    return found
-
-
-def image_rows(bundle: Path, subject: Subject, provider: str, runs: Runs) -> dict[str, Any]:
-    """Whole images at each batch."""
-    from qexport.runtime import load
-
-    runtime = load(bundle, provider=provider, target=TARGET, check="size")
-    classes = runtime.bundle.manifest.model.num_classes
-
-    def image(batch: int) -> Callable[[], object]:
-        return lambda: runtime.generate([i % classes for i in range(batch)], batch=batch)
-
-    return {str(batch): timed(image(batch), runs) for batch in subject.batches}
-
-
-def torch_rows(subject: Subject, device: str, compiled: bool, runs: Runs) -> dict[str, Any]:
-    """The same work in torch: a denoiser's weights are fp16, a VAR's run under autocast."""
-    import torch
-
-    from qexport.reference.backend import TorchBackend
-    from qexport.runtime import Player
-
-    generator = load_model(subject)
-    half = device == "cuda"
-    for spec in generator.graphs:
-        spec.module.to(device)
-        if half and spec.name == subject.forward:
-            spec.module.half()
-        if compiled:
-            torch._dynamo.config.capture_scalar_outputs = True
-            torch._dynamo.config.recompile_limit = 64
-            spec.module.compile(mode="reduce-overhead" if device == "cuda" else "default")
-
-    class OnDevice(TorchBackend):
-        """Values stay on the device."""
-
-        def put(self, array: np.ndarray) -> torch.Tensor:
-            return super().put(array).to(device)
-
-        def get(self, value: torch.Tensor) -> np.ndarray:
-            return super().get(value.float().cpu())
-
-        def zeros(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-            return super().zeros(shape, dtype).to(device)
-
-        def run(self, graph: str, feeds: Any, outputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
-            with autocast(device, half and graph != subject.forward):
-                found = super().run(graph, feeds, outputs)
-            return {name: value.clone() for name, value in found.items()} if compiled else found
-
-    backend = OnDevice(generator)
-    found = {}
-    for batch in subject.batches:
-        if subject.forward is None:
-            player = Player(generator.plan, backend, generator.tables)
-            labels = [i % generator.entry.num_classes for i in range(batch)]
-            found[str(batch)] = timed(lambda player=player, labels=labels: player.play({"label": labels}), runs)
-            continue
-        spec = generator.graph(subject.forward)
-        values = {name: backend.put(array) for name, array in torch_feeds(spec, batch).items()}
-        outputs = tuple(port.name for port in spec.outputs)
-
-        def forward(values: Mapping[str, torch.Tensor] = values, outputs: tuple[str, ...] = outputs) -> None:
-            backend.run(str(subject.forward), values, outputs)
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        found[str(batch)] = timed(forward, runs)
-    return found
-
-
-def torch_feeds(spec: Any, batch: int) -> dict[str, np.ndarray]:
-    """As `feeds`, for a graph's torch module."""
-    rng = np.random.default_rng(SEED)
-    found = {}
-    for port in spec.inputs:
-        shape = [batch if isinstance(size, str) else size for size in port.shape]
-        real = rng.normal(size=shape) if shape and port.name != "row" else np.ones(shape)
-        found[port.name] = np.ones(shape, np.int64) if port.dtype == "int64" else np.asarray(real, port.dtype)
-    return found
-
-
-@contextlib.contextmanager
-def autocast(device: str, wanted: bool) -> Iterator[None]:
-    import torch
-
-    with torch.autocast(device, torch.float16) if wanted else contextlib.nullcontext():
-        yield
-
-
-def fallback_nodes(bundle: Path, provider: str) -> int | None:
-    """Nodes of weight that ran on the CPU although another provider was asked for; None on the CPU itself."""
-    if provider == "cpu":
-        return None
-    from qexport.bundle import Bundle
-    from qexport.verify.placement import HEAVY_OPS, measure_placement
-
-    placement = measure_placement(Bundle.open(bundle, check="size"), provider, ("serve",), TARGET)
-    return sum(op in HEAVY_OPS for _, op, _ in placement.fallback)
-
-
-def load_model(subject: Subject) -> Any:
-    from qexport.family import find_model, load_random
-
-    if subject.random:
-        return load_random(subject.name, SEED)
-    family, entry = find_model(subject.name)
-    return family.load(entry, None, None)
-
-
-def make_bundle(subject: Subject, form: str, folder: str) -> dict[str, Any]:
-    """Quantise with a calibration that is just enough for scales, and lower with float16 compute."""
-    from qexport.bundle import Bundle
-    from qexport.lower import lower
-    from qexport.pipeline import quantize
-    from qexport.request import Request
-    from qexport.scheme import preset
-
-    wbits, abits, number_format, optimised = FORMS[form]
-    request = Request(preset(wbits, abits, number_format=number_format), samples=1)
-    quantize(subject.name, request=request, random_weights=SEED if subject.random else None, out=folder)
-    report = lower(folder, TARGET, optimize="latency" if optimised else None, batch=max(subject.batches))
-    return {"size_bytes": Bundle.open(folder, "size").size_bytes, "added_bytes": report.added_bytes}
-
-
-def work(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    try:
-        before = device_bytes()
-        result = function(*arguments)
-        after = device_bytes()
-        pipe.send({"result": result, "device_bytes": None if before is None or after is None else after - before})
-    except Exception as error:  # the table says so and goes on
-        pipe.send({"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"})
-
-
-# In this process ----------------------------------------------------------------------------------------------------
-
-
-def in_a_process(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """What a function returns in a process of its own, or why it failed."""
-    context = multiprocessing.get_context("spawn")
-    pipe, end = context.Pipe()
-    process = context.Process(target=work, args=(end, function, arguments))
-    process.start()
-    end.close()
-    try:
-        found = pipe.recv()
-    except EOFError:
-        found = {"failed": "its process ended without an answer"}
-    process.join()
-    return found
-
-
-def measure(subject: Subject, provider: str, runs: Runs, folder: Path, torch_too: bool) -> list[dict[str, Any]]:
-    """Rows of one model."""
-    rows: list[dict[str, Any]] = []
-
-    def add(form: str, answer: dict[str, Any], **more: Any) -> None:
-        for batch in map(str, subject.batches):
-            timing = answer["result"][batch] if "result" in answer else {"failed": answer["failed"]}
-            row = {"model": subject.name, "form": form, "batch": int(batch), **timing, **more}
-            rows.append({**row, "device_bytes": answer.get("device_bytes")})
-            print(json.dumps(rows[-1]), flush=True)
-
-    for form in FORMS:
-        bundle = folder / f"{subject.name}-{form}"
-        made = in_a_process(make_bundle, subject, form, str(bundle))
-        if "failed" in made:
-            add(form, made)
-            continue
-        fallback = in_a_process(fallback_nodes, bundle, provider).get("result")
-        facts = {**made["result"], "fallback": fallback}
-        if subject.forward is None:
-            add(form, in_a_process(image_rows, bundle, subject, provider, runs), **facts)
-            continue
-        add(form, in_a_process(forward_rows, bundle, subject, provider, False, runs), **facts)
-        if provider == "cuda":
-            add(f"{form}, CUDA graph", in_a_process(forward_rows, bundle, subject, provider, True, runs), **facts)
-    if torch_too:
-        for form in TORCH:
-            add(form, in_a_process(torch_rows, subject, provider, form == TORCH[1], runs))
-    return rows
-
-
-COLUMNS = ("model", "form", "batch", "ms", "ms_min", "ms_max", "device_bytes", "size_bytes", "fallback", "failed")
+COLUMNS = (
+    "model", "form", "batch", "ms", "ms_min", "ms_max", "runs", "device_bytes_loaded", "device_bytes_after",
+    "uncaptured", "failed",
+)  # fmt: skip
+BUNDLE_COLUMNS = (
+    "model", "form", "size_bytes", "default_device_bytes_loaded", "default_device_bytes_after",
+    "frugal_device_bytes_loaded", "frugal_device_bytes_after", "fallback", "default_failed", "frugal_failed",
+)  # fmt: skip
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as one table."""
-    lines = [f"# {report['device']}", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in report["rows"]:
-        cells = ["–" if row.get(column) is None else str(row[column]) for column in COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
+    """The report as two tables."""
+    lines = [f"# {report.get('device', '')}", "", *_rows(COLUMNS, report["rows"])]
+    lines += [
+        "",
+        "## Whole bundles",
+        "",
+        *_rows(BUNDLE_COLUMNS, [_beside_fp16(row, report) for row in report["bundles"]]),
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _beside_fp16(row: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Bytes with what they are relative to the fp16 bundle of the same model."""
+    base = next((r for r in report["bundles"] if (r["model"], r["form"]) == (row["model"], "fp16")), {})
+    return {
+        key: f"{value} ({value / base[key]:.3f})" if "_bytes" in key and value and base.get(key) else value
+        for key, value in row.items()
+    }
+
+
+def _rows(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = ["–" if row.get(column) is None else str(row[column]) for column in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def device_name(provider: str) -> str:
@@ -362,38 +306,96 @@ def device_name(provider: str) -> str:
     return torch.cuda.get_device_name()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", help="comma-separated; all by default")
-    parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--warmup", type=int, default=10)
-    parser.add_argument("--no-torch", action="store_true", help="leave torch eager and torch.compile out")
-    parser.add_argument("--rehearse", action="store_true", help="tiny models on the CPU; proves that the command runs")
-    parser.add_argument("--folder", type=Path, help="where bundles are made, some 10 GB; a temporary one by default")
-    parser.add_argument("--out", type=Path, help="stem of the .json and .md that are written")
-    args = parser.parse_args(argv)
-    from qexport.runtime.session import choose_provider
-    from qexport.verify.environment import describe_environment
+def environment(provider: str) -> dict[str, Any]:
+    """Versions, and name and driver of the GPU as nvidia-smi has them; needs nothing but what is measured."""
+    import onnxruntime
+    import torch
 
-    provider = "cpu" if args.rehearse else choose_provider("cuda")  # says what is missing, and stops
+    found = {
+        "onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "cuda_of_torch": torch.version.cuda,
+        "numpy": np.__version__, "python": platform.python_version(), "platform": platform.platform(),
+        "cpu_count": os.cpu_count(), "provider": provider,
+    }  # fmt: skip
+    if provider == "cuda":
+        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            found["gpu"] = answer.stdout.strip()
+        except (OSError, subprocess.SubprocessError) as error:
+            found["gpu"] = f"nvidia-smi: {type(error).__name__}"
+    return found
+
+
+def chosen_subjects(args: argparse.Namespace) -> tuple[Subject, ...]:
+    """The models asked for, with the batches asked for."""
     subjects = REHEARSAL if args.rehearse else SUBJECTS
     if args.models:
         subjects = tuple(subject for subject in subjects if subject.name in args.models.split(","))
-    runs = Runs(1, 2) if args.rehearse else Runs(args.warmup, args.runs)
-    report: dict[str, Any] = {
+    if args.batches:
+        batches = tuple(int(batch) for batch in args.batches.split(","))
+        subjects = tuple(replace(subject, batches=batches) for subject in subjects)
+    return subjects
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", help="comma-separated; all by default")
+    parser.add_argument("--forms", help=f"comma-separated, of {', '.join(ORDER)}; all by default, in this order")
+    parser.add_argument("--batches", help="comma-separated; 1,8,32 by default")
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=10, help="no batch is repeated for longer, beyond 5 runs")
+    parser.add_argument("--minutes", type=float, default=24 * 60.0, help="after that nothing new is measured")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds of one part, after which it is killed")
+    parser.add_argument("--no-torch", action="store_true", help="leave torch eager and torch.compile out")
+    parser.add_argument("--captured-only", action="store_true", help="leave runs without CUDA graphs out")
+    parser.add_argument("--rehearse", action="store_true", help="tiny models on the CPU; proves that the command runs")
+    parser.add_argument("--make", type=Path, metavar="SKELETONS", help="only make the bundles, and pack them there")
+    parser.add_argument(
+        "--from", type=Path, metavar="SKELETONS", dest="skeletons", help="measure what was packed there"
+    )
+    parser.add_argument("--folder", type=Path, help="where bundles are made or unpacked; a temporary one by default")
+    parser.add_argument("--out", type=Path, help="stem of the .json and .md that are written")
+    parser.add_argument("--resume", action="store_true", help="go on from --out: what is there is not measured again")
+    args = parser.parse_args(argv)
+    subjects = chosen_subjects(args)
+    wanted = set(args.forms.split(",")) if args.forms else set(ORDER) - (set(TORCH) if args.no_torch else set())
+    if not wanted <= set(ORDER):
+        parser.error(f"--forms: {', '.join(sorted(wanted - set(ORDER)))} is none of {', '.join(ORDER)}")
+    forms = [form for form in ORDER if form in wanted]
+    with tempfile.TemporaryDirectory(prefix="qexport-cuda-table-") as temporary:
+        folder = args.folder or Path(temporary)
+        if args.make:
+            print(json.dumps(make(args.make, folder, subjects, forms), indent=1))
+            return
+        table = start(args, folder)
+        for form in forms:
+            for subject in subjects:
+                table.measure(subject, form)
+    table.write()
+    print(markdown(table.report))
+
+
+def start(args: argparse.Namespace, folder: Path) -> Table:
+    """An empty table, or what `--resume` goes on from: all rows but those that say `NOT_NOW`."""
+    from qexport.runtime.session import choose_provider
+
+    provider = "cpu" if args.rehearse else choose_provider("cuda")  # says what is missing, and stops
+    runs = Runs(1, 2) if args.rehearse else Runs(args.warmup, args.runs, args.seconds)
+    deadline = time.monotonic() + 60 * args.minutes
+    table = Table(provider, runs, folder, args.skeletons, deadline, args.timeout, args.out, args.captured_only)
+    earlier = args.out.with_suffix(".json") if args.out else None
+    if args.resume and earlier and earlier.exists():
+        found = json.loads(earlier.read_text())
+        table.report["rows"] = [row for row in found["rows"] if NOT_NOW not in row.get("failed", "")]
+        table.report["bundles"] = [row for row in found["bundles"] if OUT_OF_TIME not in row.values()]
+    facts = {
         "command": "python benchmarks/cuda_table.py",
         "device": device_name(provider),
-        "environment": describe_environment(provider),
-        "rows": [],
+        "environment": environment(provider),
     }
-    with tempfile.TemporaryDirectory(prefix="qexport-cuda-table-") as temporary:
-        for subject in subjects:
-            report["rows"] += measure(subject, provider, runs, args.folder or Path(temporary), not args.no_torch)
-            if args.out:  # after each model: a lease may end
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-                args.out.with_suffix(".md").write_text(markdown(report))
-    print(markdown(report))
+    table.report = {**facts, **table.report}
+    return table
 
 
 if __name__ == "__main__":
