@@ -1,6 +1,8 @@
 """Every scheme by every method on the reference models: quality, bits, time and memory, in one table.
 
-    python benchmarks/ptq_quality.py --images cifar_test.npz [--models var-c10-d2 …] [--rows W4 …] [--fd 1000]
+    python benchmarks/ptq_quality.py --images cifar_test.npz [--models var-c10-d2 …] [--schemes W4 …] [--fd 1000]
+    python benchmarks/ptq_quality.py --fd-only [--device cuda] [--shard 0/12 --shard-out part-0.jsonl]
+    python benchmarks/ptq_quality.py --merge part-*.jsonl
 
 VAR: KL to the full-precision model, top-1 agreement and cross-entropy on every 20th of CIFAR-10's 10,000 test images
 (500), teacher forced, no guidance. DiT: squared output error on every 40th (250), relative to the full-precision
@@ -11,6 +13,11 @@ are good for their seconds.
 
 One line of ptq_quality.jsonl a row, written when it is done; what is there is not measured again, so a run can be
 interrupted. The table, ptq_quality.md, is made of all lines. The data set is read, never copied.
+
+--fd-only solves the rows that have no FD once more, samples from them, and adds FD and where it was sampled
+(``fd_device``) to the row, whose other figures stay. --device says where models are judged and sampled from, without
+TF32; calibration and rounding are always the CPU's. --shard I/N takes every N-th missing row from the I-th and writes
+it to a file of its own, --shard-out; --merge takes such files in.
 """
 
 from __future__ import annotations
@@ -18,20 +25,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
 import os
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from shards import append, read, save, shard_of
 
-from qexport.compare import make_judge
+from qexport.compare import Judge, make_judge
+from qexport.errors import QexportError
 from qexport.family import FeatureExtractor, Generator, find_model
 from qexport.formats import get_format
 from qexport.methods import parse_method
 from qexport.recipe import Calibration, Recipe, Rule
 from qexport.reference import torch_player
+from qexport.reference.device import choose_device, device_name, placed, to_device
 from qexport.reference.twin import quantised_twin
 from qexport.scheme import (
     DEFAULT_GROUP_SIZE,
@@ -56,6 +66,12 @@ MODELS = tuple(f"{family}-c10-d{depth}" for family in ("var", "dit") for depth i
 EVERY = {"var": 20, "dit": 40}
 TRAJECTORIES = 20
 BATCH = 50
+FD_BATCH = {"var": 100, "dit": 500}
+"""Images sampled at once on a GPU: the logits of 100 at VAR's last scale take 210 MB, several times over."""
+
+FD_IMAGES = 1000
+"""Of --fd-only."""
+
 CALIBRATION = {"var": Calibration(64), "dit": Calibration(64, schedule="ddim-25")}
 INT8 = get_format("int8")
 
@@ -105,16 +121,24 @@ SCHEMES: dict[str, tuple[Scheme, tuple[str, ...]]] = {
 
 
 class Bench:
-    """One model, its judge, and what the full-precision model does."""
+    """One model, on the CPU and where it is judged, its judge, and what the full-precision model does."""
 
-    def __init__(self, name: str, images: Path, fd: int) -> None:
+    def __init__(self, name: str, images: Path | None, fd: int, device: str) -> None:
         family, entry = find_model(name)
         self.plain = family.load(entry, None, None)
+        self.full = placed(self.plain, device)
         self.name, self.fd, self.calibration = name, fd, CALIBRATION[entry.family]
-        self.judge = make_judge(self.plain, images=images, every=EVERY[entry.family])
-        self.drawn: Trajectories | None = None
-        if self.plain.denoise is not None:
-            self.drawn = self.trajectories(self.plain)
+        self.images, self.device = images, device
+
+    @cached_property
+    def judge(self) -> Judge:
+        """On the test images."""
+        return make_judge(self.full, images=self.images, every=EVERY[self.plain.entry.family])
+
+    @cached_property
+    def drawn(self) -> Trajectories | None:
+        """Of a denoiser at full precision."""
+        return None if self.plain.denoise is None else self.trajectories(self.full)
 
     def trajectories(self, generator: Generator) -> Trajectories:
         """What a denoiser samples."""
@@ -134,6 +158,7 @@ class Bench:
 
     def row(self, title: str, scheme: Scheme, method: str) -> dict[str, Any]:
         """One line of the results."""
+        _ = self.judge, self.drawn  # before the clock starts
         recipe = self.recipe(scheme, method)
         forget_peak()
         start_s = time.perf_counter()
@@ -142,6 +167,7 @@ class Bench:
         twin = quantised_twin(self.plain, recipe, solution, lambda weight: rows.append(layer_row(weight))).quantised
         solve_s, peak = time.perf_counter() - start_s, peak_bytes()
         summed = totals(rows)
+        to_device(twin, self.device)
         start_s = time.perf_counter()
         figures = dict(self.judge(twin, bool(solution.activations)))
         judge_s = time.perf_counter() - start_s
@@ -151,7 +177,7 @@ class Bench:
             quality = trajectory_quality(self.drawn, self.trajectories(twin))
             figures["trajectory_error"] = quality.trajectory_error
         if self.fd:
-            figures["fd"] = self.frechet(twin)
+            figures |= self.frechet(twin)
         return {
             "model": self.name,
             "scheme": title,
@@ -165,18 +191,27 @@ class Bench:
             "peak_memory_bytes": peak,
             "load_average": os.getloadavg()[0],
             "calibration": vars(self.calibration),
+            "device": device_name(self.device),
         }
 
+    def fd_of(self, scheme: Scheme, method: str) -> dict[str, Any]:
+        """What `frechet` gives of the scheme by the method."""
+        recipe = self.recipe(scheme, method)
+        solution = solve(copy.deepcopy(self.plain), recipe)
+        return self.frechet(to_device(quantised_twin(self.plain, recipe, solution).quantised, self.device))
+
     def frechet(self, generator: Generator) -> dict[str, Any]:
-        """FD of images that the quantised model samples in torch."""
+        """FD of images that the quantised model samples in torch, and where it did."""
         extractor: FeatureExtractor | None = generator.features
         assert extractor is not None
         player, labels = torch_player(generator), labels_for(self.fd, generator.entry.num_classes)
+        size = BATCH if self.device == "cpu" else FD_BATCH[generator.entry.family]
         batches = (
-            player.play(label_inputs(generator.plan, labels[i : i + BATCH]), seed=0, first_index=i)
-            for i in range(0, self.fd, BATCH)
+            player.play(label_inputs(generator.plan, labels[i : i + size]), seed=0, first_index=i)
+            for i in range(0, self.fd, size)
         )
-        return measure_fd(batches, extractor, 0).to_json()
+        found = measure_fd(batches, extractor, 0, self.device).to_json()
+        return {"fd": found, "fd_device": device_name(self.device)}
 
 
 def forget_peak() -> None:
@@ -194,11 +229,8 @@ def peak_bytes() -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def table(rows: list[dict[str, Any]]) -> str:
+    elsewhere = sorted({where for row in rows for where in (row.get("device"), row.get("fd_device")) if _away(where)})
     lines = [
         "# Post-training quantisation of the reference models",
         "",
@@ -207,6 +239,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         "per quantised weight include scales, as stored / as information. FD: FeatureNet, 95 % bootstrap interval,",
         "only where it was asked for.",
         "s @ load: seconds of calibration and rounding, and the load average of the two cores while they were taken.",
+        *(
+            [f"† on {', '.join(elsewhere)}: after a method the row's figures, after an FD its images."]
+            if elsewhere
+            else []
+        ),
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]
@@ -222,60 +259,108 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _away(device: str | None) -> bool:
+    return device not in (None, "cpu")
+
+
 def _line(row: dict[str, Any], var: bool) -> str:
     if var:
         cells = [f"{row['kl']:.4f}", f"{row['top1_agreement']:.3f}", f"{row['cross_entropy']:.4f}"]
     else:
         cells = [f"{row['output_mse']:.6f}", f"{row['trajectory_error']:.4f}"]
-    fd = row.get("fd")
-    cells.append(f"{fd['value']:.2f} ({fd['ci95'][0]:.2f}–{fd['ci95'][1]:.2f}), n={fd['n']}" if fd else "")
+    fd, mark = row.get("fd"), " †" if _away(row.get("fd_device")) else ""
+    cells.append(f"{fd['value']:.2f} ({fd['ci95'][0]:.2f}–{fd['ci95'][1]:.2f}), n={fd['n']}" + mark if fd else "")
     cells.append(f"{row['bits_per_weight']:.3f} / {row['information_bits_per_weight']:.3f}")
     cells.append(f"{row['solve_s']:.1f} @ {row['load_average']:.0f}")
     cells.append(f"{row['peak_memory_bytes'] / 1e6:.0f}" if row["peak_memory_bytes"] else "")
-    return f"| {row['scheme']} | {row['method']} | " + " | ".join(cells) + " |"
+    method = row["method"] + (" †" if _away(row.get("device")) else "")
+    return f"| {row['scheme']} | {method} | " + " | ".join(cells) + " |"
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["model"], row["scheme"], row["method"]
+
+
+def take_in(path: Path, found: list[dict[str, Any]]) -> None:
+    """Put rows into the file: a whole one in place of that of its key, FD alone into the one that is there."""
+    rows = {key_of(row): row for row in read(path)}
+    for row in found:
+        key = key_of(row)
+        if "scheme_name" not in row and key not in rows:
+            print(*key, "has FD but no row; left out", flush=True)
+            continue
+        rows[key] = row if "scheme_name" in row else rows[key] | row
+    save(path, list(rows.values()))
+
+
+def missing(options: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Keys of the rows to be made, in order."""
+    known = {key_of(row): "fd" in row for row in read(options.out)}
+    found = []
+    for key in ((model, title, method) for model in options.models for title in options.schemes
+                for method in SCHEMES[title][1] if not options.methods or method in options.methods):  # fmt: skip
+        if options.fd_only:
+            wanted = key in known and (options.again or not known[key])
+        else:
+            wanted = options.again or key not in known or (bool(options.fd) and not known[key])
+        if wanted:
+            found.append(key)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="CIFAR-10's test images: cifar_test.npz")
+    parser.add_argument("--images", type=Path, help="CIFAR-10's test images: cifar_test.npz")
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--methods", nargs="+")
-    parser.add_argument("--fd", type=int, default=0, help="images for FD; 0 leaves it out")
+    parser.add_argument("--fd", type=int, default=0, help=f"images for FD; 0 leaves it out (--fd-only: {FD_IMAGES})")
+    parser.add_argument("--fd-only", action="store_true", help="add FD to the rows that have none")
     parser.add_argument("--again", action="store_true", help="measure rows that are there anew")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="to judge and to sample on")
+    parser.add_argument("--shard", metavar="I/N", help="every N-th missing row from the I-th (from 0)")
+    parser.add_argument("--shard-out", type=Path, help="for the rows of a shard, in place of --out, which is read")
+    parser.add_argument("--merge", type=Path, nargs="+", help="take in the rows of these files, and make the table")
     parser.add_argument("--out", type=Path, default=RESULTS / "ptq_quality.jsonl")
     options = parser.parse_args()
+    if options.merge:
+        take_in(options.out, [row for path in options.merge for row in read(path)])
+        options.out.with_suffix(".md").write_text(table(read(options.out)))
+        return
+    if options.images is None and not options.fd_only:
+        parser.error("--images is needed, unless --fd-only or --merge")
+    if (options.shard is None) != (options.shard_out is None):
+        parser.error("--shard and --shard-out belong together")
     torch.set_num_threads(options.threads)
-    environment = describe_environment("cpu")
-    for model in options.models:
-        bench: Bench | None = None
-        for title in options.schemes:
-            scheme, methods = SCHEMES[title]
-            for method in methods:
-                if options.methods and method not in options.methods:
-                    continue
-                known = {(r["model"], r["scheme"], r["method"], "fd" in r) for r in read(options.out)}
-                if (
-                    not options.again
-                    and {(model, title, method, True), (model, title, method, bool(options.fd))} & known
-                ):
-                    continue
-                bench = bench or Bench(model, options.images, options.fd)
-                row = bench.row(title, scheme, method) | {"environment": environment, "threads": options.threads}
-                rest = [
-                    r for r in read(options.out) if (r["model"], r["scheme"], r["method"]) != (model, title, method)
-                ]
-                save(options.out, [*rest, row])
-                figure = row.get("kl", row.get("output_mse"))
-                print(f"{model} {title} {method}: {figure:.6f}  {row['solve_s']} s + {row['judge_s']} s", flush=True)
-    options.out.with_suffix(".md").write_text(table(read(options.out)))
-
-
-def save(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(path)
+    choose_device(options.device, "--device")
+    shared = {"environment": describe_environment(options.device), "threads": options.threads}
+    fd = options.fd or (FD_IMAGES if options.fd_only else 0)
+    bench: Bench | None = None
+    for model, title, method in shard_of(missing(options), options.shard):
+        done = set() if options.shard_out is None else {key_of(row) for row in read(options.shard_out)}
+        if (model, title, method) in done:
+            continue
+        if bench is None or bench.name != model:
+            bench = Bench(model, options.images, fd, options.device)
+        start_s = time.perf_counter()
+        try:
+            if options.fd_only:
+                row = {"model": model, "scheme": title, "method": method, **bench.fd_of(SCHEMES[title][0], method)}
+            else:
+                row = bench.row(title, SCHEMES[title][0], method) | shared
+        except QexportError as error:  # the others are made all the same
+            print(f"{model} {title} {method}: failed: {error}", flush=True)
+            continue
+        if options.shard_out is None:
+            take_in(options.out, [row])
+        else:
+            append(options.shard_out, row)
+        figures = {name: row[name] for name in ("kl", "output_mse") if name in row}
+        figures |= {"fd": row["fd"]["value"]} if "fd" in row else {}
+        print(f"{model} {title} {method}: {figures}  {time.perf_counter() - start_s:.1f} s", flush=True)
+    if options.shard is None:
+        options.out.with_suffix(".md").write_text(table(read(options.out)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The same seeds at full precision, after post-training quantisation and after fine-tuning: one grid for each width.
 
-    python benchmarks/topkld_pictures.py --model var-c10-d4 --wbits 2 3 [--steps 400] [--variant split]
+    python benchmarks/topkld_pictures.py --model var-c10-d4 --wbits 2 3 [--steps 400] [--variant split] [--device cuda]
 
 Writes docs/images/topkld-MODEL-wN.png. Rows: the full-precision model, what --start (GPTQ) makes of it, and the same
 after --steps of fine-tuning (a denoiser: the control); under each name the figure on held-out samples of the teacher,
@@ -25,6 +25,7 @@ from qexport.methods import parse_method
 from qexport.pipeline import load_generator
 from qexport.recipe import recipe_for
 from qexport.reference import torch_player
+from qexport.reference.device import choose_device, placed, to_device
 from qexport.reference.twin import quantised_twin
 from qexport.runtime.pixels import BACKGROUND, GAP_PIXELS, to_pixels
 from qexport.scheme import preset
@@ -56,14 +57,16 @@ def rows(plain: Generator, bits: int, options: argparse.Namespace) -> list[tuple
         Distillation(options.variant), steps=options.steps, batch=options.batch, samples=options.samples,
         evaluate_every=max(1, options.steps // 8),
     )  # fmt: skip
-    trained = distill(folded, recipe, solution, settings, work=options.work / "pictures")
+    trained = distill(folded, recipe, solution, settings, work=options.work / "pictures", device=options.device)
     report = trained.report
     named = {"kl": "KL", "output_mse": "error"}[report["figure"]]
     title = method_of(plain, Training(settings))
     twins = (quantised_twin(plain, recipe, found).quantised for found in (solution, trained.solution))
     before, after = twins
+    for twin in (before, after):
+        to_device(twin, options.device)
     return [
-        ("fp32", "", plain),
+        ("fp32", "", placed(plain, options.device)),
         (options.start.upper(), f"{named} {report['start']:.3g}", before),
         (TITLES.get(title, title), f"{named} {report['best']:.3g}", after),
     ]
@@ -97,10 +100,12 @@ def main() -> None:
     parser.add_argument("--classes", nargs="+", type=int, default=[0, 1, 3, 4, 5, 7, 7, 8, 8, 9])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="to train and draw on")
     parser.add_argument("--work", type=Path, default=Path("qexport-out") / "topkld-work")
     parser.add_argument("--out", type=Path, default=IMAGES)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    choose_device(options.device, "--device")
     plain = load_generator(options.model)
     labels = np.array(options.classes, np.int64)
     options.out.mkdir(parents=True, exist_ok=True)

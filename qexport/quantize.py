@@ -125,7 +125,7 @@ def stored_weights(generator: Generator, recipe: Recipe, solution: Solution | No
         for name, tensor in tensors.items():
             layer = layer_of.get((graph, name))
             rule = rules.get(layer) if layer else None
-            array = tensor.detach().numpy()
+            array = tensor.detach().cpu().numpy()
             solved = solution.weights.get(layer) if layer else None
             value = _stored(name, array, rule, solved)
             yield StoredWeight(graph, name, layer, rule, value, array, layer in smoothed)

@@ -16,7 +16,7 @@ import numpy as np
 
 from qexport.distill import TOPK_LOSSES, Distilled, DistillSettings, Samples, distill, image_tokens
 from qexport.distill.processes import launched, require_shares
-from qexport.distill.run import make_task
+from qexport.distill.run import make_task, require_device
 from qexport.distill.student import trained_graph
 from qexport.errors import InputError
 from qexport.family import Generator
@@ -48,11 +48,13 @@ class Training:
             full-precision model's own samples.
         loss_option: how the loss was asked for, for messages; empty where nobody did. A denoiser has no choice of loss
             and refuses.
+        device: where it trains, ``cpu`` or ``cuda``.
     """
 
     settings: DistillSettings = field(default_factory=DistillSettings)
     data: Path | None = None
     loss_option: str = ""
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +82,12 @@ def prepare(generator: Generator, training: Training) -> ImageSet | None:
     """Refuse what cannot be trained, before anything slow; the images to learn on, where there are any.
 
     Raises:
-        InputError: the model cannot be trained, the images cannot be used, or the options do not fit the model.
+        InputError: the model cannot be trained, there is no such device, the images cannot be used, or the options do
+            not fit the model.
     """
     trained_graph(generator)
     name, settings = generator.entry.name, training.settings
+    require_device(training.device, "--device")
     require_shares(settings.batch)
     if method_of(generator, training) == CONTROL:
         if training.loss_option:
@@ -168,6 +172,7 @@ def fine_tune(
         progress=step,
         drawing=lambda done, total: progress("draw", done, total),
         resumed=lambda done: note(f"going on after step {done} of {settings.steps} ({work})"),
+        device=training.device,
     )
     return Trained(found.solution, _record(generator, recipe, settings, method, found), found.report)
 

@@ -112,6 +112,9 @@ def quantize(
             help="With --topkld, repeatable: any other setting, say ema=0.99 or recompute (docs/topkld.md).",
         ),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --topkld: where to train, cpu (default) or cuda.")
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Layer by layer from a TOML file, instead of the above.")
     ] = None,
@@ -155,6 +158,7 @@ def quantize(
             "--lr": lr,
             "--data": data,
             "--train": train or None,
+            "--device": device,
         },
     )
 

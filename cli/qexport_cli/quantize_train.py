@@ -56,6 +56,7 @@ def training_of(asked: Mapping[str, Any], seed: int) -> Training | None:
         DistillSettings(distillation, seed=seed, **settings, **rest),
         asked.get("--data"),
         next((option for option in ("--variant", "--top-k") if option in asked), ""),
+        asked.get("--device", "cpu"),
     )
 
 

@@ -55,6 +55,9 @@ def scaling(
     topkld_steps: Annotated[
         int | None, typer.Option(metavar="N", help="Updates of fine-tuning with topkld (default 200).")
     ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Where models are judged, sampled and trained: cpu or cuda.")
+    ] = "cpu",
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="Weights of a model that is not bundled; may be repeated."),
@@ -100,7 +103,7 @@ def scaling(
         return
     for item in chosen.dropped:
         print_note(f"left out: {item.what} ({item.reason})")
-    task, outcome = _sweep(chosen, path, folder, jobs, ray)
+    task, outcome = _sweep(chosen, path, folder, jobs, ray, _checked(device))
     for run, message in outcome.failed.items():
         print_note(f"failed: {run}: {message}")
     _write(path, folder, report, task, outcome, json)
@@ -108,7 +111,15 @@ def scaling(
         raise typer.Exit(1)
 
 
-def _sweep(chosen: Choice, path: Path, folder: Path, jobs: int, ray: bool) -> tuple[Task, Outcome]:
+def _checked(device: str) -> str:
+    if device == "cpu":
+        return device  # without importing torch
+    from qexport.reference.device import choose_device
+
+    return choose_device(device, "--device")
+
+
+def _sweep(chosen: Choice, path: Path, folder: Path, jobs: int, ray: bool, device: str) -> tuple[Task, Outcome]:
     from qexport.scaling.measure import Files, measure
     from qexport.scaling.sweep import Task, digests_of, keyed, sweep, threads_for
 
@@ -119,6 +130,7 @@ def _sweep(chosen: Choice, path: Path, folder: Path, jobs: int, ray: bool) -> tu
         os.path.abspath(folder / "work"),  # noqa: PTH100
         None if chosen.inception is None else os.path.abspath(chosen.inception),  # noqa: PTH100
         tuple(map(os.path.abspath, chosen.reference)),
+        device,
     )
     with work() as progress:
         progress("models", 0, 1)

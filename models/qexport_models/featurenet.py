@@ -79,18 +79,18 @@ class Cifar10Features:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Images (n, 3, 32, 32) float32 in [0, 1] → features (n, 256) float32."""
-        return load_featurenet()(images * 2 - 1)[0]
+        """Images (n, 3, 32, 32) float32 in [0, 1] → features (n, 256) float32, computed where the images lie."""
+        return load_featurenet(images.device.type)(images * 2 - 1)[0]
 
 
 @cache
-def load_featurenet() -> FeatureNet:
+def load_featurenet(device: str = "cpu") -> FeatureNet:
     """The bundled FeatureNet, loaded strictly, in evaluation mode.
 
     Raises:
         CheckpointError: the bundled file is damaged.
     """
-    return build_strict(FeatureNet, read_state(BUNDLED / WEIGHTS), f"FeatureNet ({WEIGHTS})")
+    return build_strict(FeatureNet, read_state(BUNDLED / WEIGHTS), f"FeatureNet ({WEIGHTS})").to(device)
 
 
 @cache

@@ -20,13 +20,14 @@ from torch import Tensor
 from qexport.errors import UnsupportedError
 from qexport.family import Generator
 from qexport.reference import torch_player
+from qexport.reference.device import device_of
 from qexport.verify.denoise_quality import make_probe, output_quality
 from qexport.verify.denoise_quality import runtime_student as plan_denoiser
 from qexport.verify.denoise_quality import torch_student as torch_denoiser
 from qexport.verify.denoise_rung import step_feeds_of
 from qexport.verify.forced import forced_logits
 from qexport.verify.images import open_images
-from qexport.verify.quality import Student, drawn_by, tokens_of, torch_student
+from qexport.verify.quality import drawn_by, tokens_of, torch_logits
 from qexport.verify.trajectory import label_inputs, labels_for
 
 BATCH = 16
@@ -67,7 +68,7 @@ def make_judge(
     seed: int = 0,
     per_image: bool = False,
 ) -> Judge:
-    """A judge of quantised versions of `full`, which must not change afterwards.
+    """A judge of quantised versions of `full`, which must not change afterwards, and lie where it does.
 
     Args:
         full: the full-precision model.
@@ -102,18 +103,18 @@ def _token_judge(
         given = open_images(images, size=entry.image_size, num_classes=entry.num_classes, every=every)
         batches, source = list(tokens_of(full, given, BATCH)), given.source
 
-    on_images = images is not None
-    wanted = [_log_probabilities(torch_student(full)(*batch)) for batch in batches] if _small(full, batches) else None
+    on_images, device = images is not None, device_of(full)
+    wanted = [_log_probabilities(torch_logits(full)(*batch)) for batch in batches] if _small(full, batches) else None
 
     def judge(quantised: Generator, activations: bool) -> Mapping[str, Any]:
-        student = _by_plan(quantised) if activations else torch_student(quantised)
+        student = _by_plan(quantised, device) if activations else torch_logits(quantised)
         sums = torch.zeros(len(_FIGURES), dtype=torch.float64)
         positions = 0
         by_image: list[Tensor] = []
         for number, (labels, tokens_BL) in enumerate(batches):
-            log_p_NV = wanted[number] if wanted else _log_probabilities(torch_student(full)(labels, tokens_BL))
+            log_p_NV = wanted[number] if wanted else _log_probabilities(torch_logits(full)(labels, tokens_BL))
             log_q_NV = _log_probabilities(student(labels, tokens_BL))
-            terms_FN = _terms(log_p_NV, log_q_NV, torch.from_numpy(tokens_BL).reshape(-1))
+            terms_FN = _terms(log_p_NV, log_q_NV, torch.from_numpy(tokens_BL).to(device).reshape(-1)).cpu()
             sums += terms_FN.sum(dim=1)
             positions += tokens_BL.size
             by_image.append(terms_FN.unflatten(1, tokens_BL.shape).mean(dim=2))
@@ -132,13 +133,13 @@ def _small(full: Generator, batches: Sequence[tuple[np.ndarray, np.ndarray]]) ->
     if not batches:
         return True
     labels, tokens_BL = batches[0]
-    vocabulary = torch_student(full)(labels[:1], tokens_BL[:1])[0].shape[-1]
+    vocabulary = torch_logits(full)(labels[:1], tokens_BL[:1]).shape[-1]
     return sum(tokens_BL.size for _, tokens_BL in batches) * vocabulary * 4 <= KEPT_BYTES
 
 
-def _log_probabilities(logits: Sequence[np.ndarray]) -> Tensor:
-    """Logits (B, l, V) in turn → log p (N, V) float32, N positions in the order of the tokens."""
-    return torch.log_softmax(torch.from_numpy(np.concatenate(list(logits), axis=1)), dim=-1).flatten(0, 1)
+def _log_probabilities(logits_BLV: Tensor) -> Tensor:
+    """Logits (B, L, V) → log p (N, V) float32, N positions in the order of the tokens."""
+    return torch.log_softmax(logits_BLV, dim=-1).flatten(0, 1)
 
 
 def _terms(log_p_NV: Tensor, log_q_NV: Tensor, tokens_N: Tensor) -> Tensor:
@@ -149,17 +150,19 @@ def _terms(log_p_NV: Tensor, log_q_NV: Tensor, tokens_N: Tensor) -> Tensor:
     return torch.stack([x.to(torch.float64).reshape(-1) for x in (kl_N, same_N, *own)])
 
 
-def _by_plan(quantised: Generator) -> Student:
-    """Logits step by step as the plan says: scales of activations may change from step to step."""
+def _by_plan(quantised: Generator, device: torch.device) -> Callable[[np.ndarray, np.ndarray], Tensor]:
+    """Logits (B, L, V) on `device`, step by step by the plan: scales of activations may change between steps."""
     player, draw = torch_player(quantised), quantised.draw
     assert draw is not None
-    return lambda labels, tokens_BL: forced_logits(player, draw, labels, tokens_BL, quantised.tables)
+    return lambda labels, tokens_BL: torch.from_numpy(
+        np.concatenate(forced_logits(player, draw, labels, tokens_BL, quantised.tables), axis=1)
+    ).to(device)
 
 
 def _denoiser_judge(
     full: Generator, images: str | Path | None, every: int, samples: int, seed: int, per_image: bool
 ) -> Judge:
-    spec = full.denoise
+    spec, device = full.denoise, device_of(full)
     assert spec is not None
     if images is None:
         labels = labels_for(samples, full.entry.num_classes)
@@ -178,8 +181,8 @@ def _denoiser_judge(
         given = open_images(images, size=entry.image_size, num_classes=entry.num_classes, every=every)
         pixels, labels = next(given.batches(len(given)))
         source = given.source
-    probe = make_probe(spec.model, pixels, labels, seed=seed, batch=BATCH)
-    wanted = torch_denoiser(spec.model, BATCH)(probe)
+    probe = make_probe(spec.model, pixels, labels, seed=seed, batch=BATCH, device=device)
+    wanted = torch_denoiser(spec.model, BATCH, device)(probe)
 
     def judge(quantised: Generator, activations: bool) -> Mapping[str, Any]:
         assert quantised.denoise is not None
@@ -188,7 +191,7 @@ def _denoiser_judge(
             feeds = step_feeds_of(quantised, player, quantised.tables)
             found = plan_denoiser(player, quantised.denoise, feeds)(probe)
         else:
-            found = torch_denoiser(quantised.denoise.model, BATCH)(probe)
+            found = torch_denoiser(quantised.denoise.model, BATCH, device)(probe)
         figures = output_quality(probe, wanted, found).to_json() | {"source": source, "seed": seed}
         return figures | {PER_IMAGE: _output_by_image(probe.noise, wanted, found)} if per_image else figures
 

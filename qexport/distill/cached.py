@@ -37,21 +37,21 @@ class CachedTeacher:
         self._done: np.memmap | None = None
 
     def __call__(self, index_B: Tensor, batch: Batch) -> Tensor:
-        """The outputs (B, …) float32 of the samples with these numbers, whose tensors `batch` holds.
+        """The outputs (B, …) float32, on the CPU, of the samples with these numbers, whose tensors `batch` holds.
 
         Raises:
             InputError: the disk has no room for all samples.
         """
         index = index_B.numpy()
         if self._rows is None or self._done is None:
-            live = self._predict(*batch).float()
+            live = self._predict(*batch).float().cpu()
             self._open(tuple(live.shape[1:]))
             assert self._done is not None
             missing = np.flatnonzero(self._done[index] == 0)
             self._keep(index[missing], live.numpy()[missing])
         elif not self._done[index].all():  # the whole batch is asked, as a live teacher would be: the same bits
             missing = np.flatnonzero(self._done[index] == 0)
-            self._keep(index[missing], self._predict(*batch).float().numpy()[missing])
+            self._keep(index[missing], self._predict(*batch).float().cpu().numpy()[missing])
         assert self._rows is not None
         return torch.from_numpy(self._rows[index])
 

@@ -57,7 +57,7 @@ class Checkpoints:
             raise InputError(f"{self.folder / name}: cannot be written ({error})") from error
 
     def load(self, name: str) -> Any | None:
-        """What was saved; None if nothing was. Nothing in the file is executed.
+        """What was saved, on the CPU; None if nothing was. Nothing in the file is executed.
 
         Raises:
             InputError: it is damaged.
@@ -66,6 +66,6 @@ class Checkpoints:
         if not path.exists():
             return None
         try:
-            return torch.load(path, weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises a dozen kinds, from zip to pickle
             raise InputError(f"{path}: damaged ({type(error).__name__}); delete it to start again") from error

@@ -7,9 +7,9 @@ modulo the number of classes and the noise of image i under `seed`.
 A `share` of the labels is then replaced by the null class, number `num_classes` by the convention of these families:
 the unconditional half of guidance, which quantisation hurts too, is taught as it was trained, by dropping labels.
 
-Samples are held as whole arrays (tokens: 1.2 kB an image of 155 tokens) and split into what is trained on and what is
-held out. A batch depends on seed and step alone, so that a run that is cut off goes on with the very batch it would
-have had next.
+Samples are held as whole arrays on the CPU (tokens: 1.2 kB an image of 155 tokens) and split into what is trained on
+and what is held out. A batch depends on seed and step alone, so that a run that is cut off goes on with the very batch
+it would have had next.
 
 Legend: N samples, B batch, L tokens, C h w latents.
 """
@@ -69,7 +69,8 @@ class Samples:
     def numbers(self, step: int, size: int, seed: int) -> Tensor:
         """Which samples the batch of a step holds, (size,) int64."""
         positions = range(step * size, (step + 1) * size)
-        return torch.tensor([int(self._order(p // len(self), seed)[p % len(self)]) for p in positions])
+        orders = {epoch: self._order(epoch, seed) for epoch in {p // len(self) for p in positions}}
+        return torch.stack([orders[p // len(self)][p % len(self)] for p in positions])
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All samples in order."""
@@ -105,7 +106,7 @@ def drawn_tokens(generator: Generator, samples: int, seed: int, progress: Progre
 
     def keep(record: CallRecord[Tensor]) -> None:
         if record.graph == draw.graph:
-            parts.append(record.results[draw.tokens].numpy())
+            parts.append(record.results[draw.tokens].cpu().numpy())
 
     labels = _labels(generator, samples)
     for start in range(0, samples, DRAW_BATCH):
@@ -173,7 +174,7 @@ def drawn_latents(
         nonlocal place
         if record.graph != spec.graph:
             return
-        noisy = record.feeds[latent_port].numpy()
+        noisy = record.feeds[latent_port].cpu().numpy()
         place = place or timestep_place(spec.model, noisy, given)
         chosen = (start + np.arange(len(noisy)) + record.iteration) % stride == 0
         t = round(float(record.feeds[place[0]].flatten()[place[1]]))

@@ -69,6 +69,8 @@ def estimate_bytes(
     two = tuple(torch.cat((tensor, tensor)) for tensor in one)
     share = settings.batch // processes
     rounded: Callable[[], Sequence[Tensor]] = (lambda: student.rounded) if isinstance(student, Student) else list
+    place = next(student.parameters()).device
+    one, two = (tuple(tensor.to(place) for tensor in batch) for batch in (one, two))
     with computing(student, settings, kept_whole=1):
         kept, output = saved_bytes(lambda: student(*one), rounded)
         by_sample = kept
@@ -84,8 +86,10 @@ def estimate_bytes(
     return int(_MARGIN * (whole + trained * _BYTES * numbers // parts + max(update, judging)))
 
 
-def available_bytes() -> int | None:
-    """Memory to be had without swapping, within the container's limits; None where the system does not say."""
+def available_bytes(device: str = "cpu") -> int | None:
+    """Memory to be had without swapping, within the container's limits, or a GPU's; None where nobody says."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
     found = []
     try:
         line = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
@@ -96,17 +100,20 @@ def available_bytes() -> int | None:
     return min(found, default=None)
 
 
-def require_memory(needed: int, settings: DistillSettings, processes: int = 1) -> None:
+def require_memory(needed: int, settings: DistillSettings, processes: int = 1, device: str = "cpu") -> None:
     """Nothing, if there is enough, or nobody knows.
 
     Raises:
         InputError: there is too little; it says what would take less.
     """
-    available = available_bytes()
+    available = available_bytes() if device == "cpu" else available_bytes(device)
     if available is None or needed * processes <= available:
         return
     many = f" in each of {processes} processes" if processes > 1 else ""
-    rest = {"recompute": not settings.recompute, "offload": not (settings.offload or settings.sharded)}
+    rest = {
+        "recompute": not settings.recompute,
+        "offload": device == "cpu" and not (settings.offload or settings.sharded),
+    }
     advice = ["make the batch smaller (--batch)", *(f"--train {name}" for name, helps in rest.items() if helps)]
     wanted = f"distillation needs about {needed / 1e9:.1f} GB{many}, {available / 1e9:.1f} GB are free"
     raise InputError(f"{wanted}; {', or '.join(advice)}")

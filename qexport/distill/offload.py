@@ -33,9 +33,11 @@ class OffloadedMoments:
         """Make the file and hand its parts to `optimiser`, whose parameters are float32, whole, and not yet moved.
 
         Raises:
-            InputError: the disk has no room, or the file cannot be made.
+            InputError: the disk has no room, the file cannot be made, or the parameters lie on CUDA.
         """
         self._optimiser = optimiser
+        if any(parameter.is_cuda for group in optimiser.param_groups for parameter in group["params"]):
+            raise InputError("distillation: offload keeps moments in the CPU's memory; leave it out on CUDA")
         parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
         count = len(MOMENTS) * sum(parameter.numel() for parameter in parameters)
         path = folder / FILE.format(rank=processes.rank())

@@ -91,10 +91,10 @@ def set_part(tensor: Tensor, full: Tensor) -> None:
     tensor.copy_(part(full, tensor))
 
 
-def clip(parameters: Sequence[Tensor], greatest: float) -> float:
-    """Scale the gradients down to a norm of at most `greatest`; the norm before, over all processes."""
+def clip(parameters: Sequence[Tensor], greatest: float) -> Tensor:
+    """Scale the gradients down to a norm of at most `greatest`; the norm before, over all processes, ()."""
     if not any(map(_is_part, parameters)):
-        return float(nn.utils.clip_grad_norm_(parameters, greatest))
+        return nn.utils.clip_grad_norm_(parameters, greatest)
     parts, replicated = [], []
     for parameter in parameters:
         gradient: Any = parameter.grad
@@ -107,7 +107,7 @@ def clip(parameters: Sequence[Tensor], greatest: float) -> float:
     norm = math.sqrt(float(squares))
     for gradient in (*parts, *replicated):
         gradient.mul_(min(1.0, greatest / (norm + _NORM_FLOOR)))
-    return norm
+    return torch.tensor(norm, dtype=torch.float64)
 
 
 _NORM_FLOOR = 1e-6
@@ -154,9 +154,9 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
-def mean(value: Tensor) -> float:
-    """The mean over all processes of a number."""
-    return float(summed(value.detach().double())) / world()
+def mean(value: Tensor) -> Tensor:
+    """The mean over all processes of a number, () float64."""
+    return summed(value.detach().double()) / world()
 
 
 def wait() -> None:

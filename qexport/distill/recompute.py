@@ -32,11 +32,11 @@ def computing(student: nn.Module, settings: DistillSettings, kept_whole: int = 0
         InputError: on leaving, if blocks should be computed again and the model never called one.
     """
     if not (settings.recompute and isinstance(student, Student)):
-        with precision(settings):
+        with precision(student, settings):
             yield
         return
     blocks = blocks_of(student)[kept_whole:]
-    with precision(settings), recomputed(blocks, student.again) as reached:
+    with precision(student, settings), recomputed(blocks, student.again) as reached:
         yield
     if blocks and not reached:
         raise InputError(
@@ -45,9 +45,9 @@ def computing(student: nn.Module, settings: DistillSettings, kept_whole: int = 0
         )
 
 
-def precision(settings: DistillSettings) -> torch.autocast:
+def precision(student: nn.Module, settings: DistillSettings) -> torch.autocast:
     """Matrix products in bfloat16, where the settings say so."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16)
+    return torch.autocast(next(student.parameters()).device.type, torch.bfloat16, enabled=settings.bf16)
 
 
 def blocks_of(student: Student) -> list[nn.Module]:

@@ -25,6 +25,7 @@ from qexport.distill.trainer import Progress, Trainer
 from qexport.errors import InputError
 from qexport.family import Generator
 from qexport.recipe import Recipe
+from qexport.reference.device import choose_device, device_name, placed
 from qexport.solution import Solution
 
 DATA_FILE = "data.pt"
@@ -51,6 +52,7 @@ def distill(
     progress: Progress | None = None,
     drawing: Callable[[int, int], None] | None = None,
     resumed: Callable[[int], None] | None = None,
+    device: str = "cpu",
 ) -> Distilled:
     """Train the quantised model to do what the full-precision one does.
 
@@ -64,17 +66,24 @@ def distill(
         progress: told after every step.
         drawing: told how many samples are drawn.
         resumed: told after how many steps it goes on, where it does.
+        device: where teacher and student compute, ``cpu`` or ``cuda``. Batches are the same ones; numbers differ in
+            their last bits, so a run goes on only from a checkpoint of its own device.
 
     Returns:
         `solution` with the weights of the trained graph replaced, and activation scales where they were learned; never
         worse on the held-out samples than where it started.
 
     Raises:
-        InputError: the model cannot be trained, there is too little memory, or training diverged.
+        InputError: the model cannot be trained, there is no such device, there is too little memory, or training
+            diverged.
     """
     settings = settings or DistillSettings()
     start_s = time.perf_counter()
     trained_graph(generator)  # says first whether the model can be trained at all
+    require_device(device)
+    generator, teacher = placed(generator, "cpu"), placed(generator, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     with processes.process_group():
         task = make_task(generator, settings)
         checkpoints = None
@@ -82,21 +91,22 @@ def distill(
             key = key_of(
                 version("qexport"), settings.to_json(), dict(generator.checkpoint_sha256), generator.entry.name,
                 recipe.to_toml(), _digest(solution), [] if data is None else _digest_samples(data),
+                *([] if device == "cpu" else [device]),
             )  # fmt: skip
             checkpoints = Checkpoints(work, key)
-        samples = data or _drawn(generator, settings, checkpoints, drawing)
+        samples = data or _drawn(teacher, settings, checkpoints, drawing)
         column = _TOKEN_LABELS if generator.denoise is None else _LATENT_LABELS
         trained_on, held = samples.split(settings.held_out)
         if settings.unconditional and _knows_null(generator, task, held):
             null = generator.entry.num_classes
             trained_on = with_null_labels(trained_on, column, null, settings.unconditional, settings.seed)
         student = Student(
-            generator, recipe, solution, task.predictor, task.place_steps, learn_scales=settings.scale_lr > 0,
+            teacher, recipe, solution, task.predictor, task.place_steps, learn_scales=settings.scale_lr > 0,
             learn_activation_scales=settings.scale_lr > 0,
         )  # fmt: skip
         needed = estimate_bytes(student, next(held.batches(1)), settings, processes.world(), len(held))
-        require_memory(needed, settings, processes.world())
-        trainer = Trainer(student, task.predictor(generator), task, (trained_on, held), settings, checkpoints)
+        require_memory(needed, settings, processes.world(), device)
+        trainer = Trainer(student, task.predictor(teacher), task, (trained_on, held), settings, checkpoints)
         trained = trainer.run(progress, resumed)
     found = replace(
         solution,
@@ -121,7 +131,21 @@ def distill(
         "processes": processes.launched(),
         "threads": torch.get_num_threads(),
     }
+    if device == "cuda":
+        report |= {"device": device_name(device), "peak_device_bytes": torch.cuda.max_memory_allocated()}
     return Distilled(found, report)
+
+
+def require_device(device: str, option: str = "device") -> None:
+    """Nothing, if training can be done there.
+
+    Raises:
+        InputError: it is unknown or not there, or several processes were started, which is not measured on CUDA.
+    """
+    if choose_device(device, option) != device:
+        raise InputError(f"{option} {device!r} is not one device; use cpu or cuda")
+    if device == "cuda" and processes.launched() > 1:
+        raise InputError(f"{option} cuda: several processes train on the CPU only; start one")
 
 
 def make_task(generator: Generator, settings: DistillSettings) -> Task:

@@ -92,6 +92,8 @@ class Student(nn.Module):
     ) -> None:
         """Copy `generator`, which is full precision with the solution's smoothing folded in, and quantise the copy.
 
+        The student lies where the generator does.
+
         Raises:
             InputError: the recipe quantises no matrix of the graph that is trained.
         """
@@ -109,7 +111,7 @@ class Student(nn.Module):
             latent = _latent(originals[layer].detach(), start)
             with torch.no_grad():
                 weights[layer].copy_(latent)
-            held = torch.tensor(start.scales.astype(np.float32))
+            held = torch.tensor(start.scales.astype(np.float32), device=latent.device)
             scales[layer] = nn.Parameter(held, requires_grad=learn_scales)
         for parameter in _parameters(self._generator):
             parameter.requires_grad_(False)
@@ -126,7 +128,8 @@ class Student(nn.Module):
         for layer in self._scaled:
             scale = self._activations[layer].scale
             assert scale is not None
-            activations.append(nn.Parameter(torch.from_numpy(scale.copy()), requires_grad=learn_activation_scales))
+            held = torch.from_numpy(scale.copy()).to(self._weights[0].device)
+            activations.append(nn.Parameter(held, requires_grad=learn_activation_scales))
         self.activation_scales = nn.ParameterList(activations)
         self._predict, self._place_steps = predict(self._generator), place_steps
         self._current: Overlay | None = None
@@ -290,9 +293,9 @@ def _latent(w_OI: Tensor, start: QuantizedTensor) -> Tensor:
     after thirty, where from the middle of the cells it fell to 0.065 and 0.045. To start all weights there, or half
     way, is worse (0.057, 0.049): what rounding takes from a weight says which way it leans.
     """
-    scale = torch.from_numpy(start.scales.astype(np.float32))[..., None]
+    scale = torch.from_numpy(start.scales.astype(np.float32)).to(w_OI.device)[..., None]
     blocks = w_OI.reshape(*start.scales.shape, -1)
-    held = torch.from_numpy(start.dequantize()).reshape(blocks.shape)
+    held = torch.from_numpy(start.dequantize()).to(w_OI.device).reshape(blocks.shape)
     rounds_to_it = round_to(blocks / scale, start.spec.format) * scale == held
     return torch.where(rounds_to_it, blocks, held).reshape(w_OI.shape)
 

@@ -97,18 +97,20 @@ class TokenTask:
     def place_steps(self, scale_S: Tensor, x: Tensor, batch: Batch) -> Tensor:
         """One step per scale: (L, 1) for an input with positions; one without is the same at every step."""
         if x.ndim == 3 and x.shape[1] == len(self._step_L):
-            return scale_S[self._step_L.to(x.device)][:, None]
+            self._step_L = self._step_L.to(x.device)
+            return scale_S[self._step_L][:, None]
         return scale_S[0]
 
     def loss(self, teacher: Tensor, student: Tensor, batch: Batch) -> Tensor:
         """Mean over images and positions."""
         values_BL = self._loss(teacher, student, batch[1])
-        return (values_BL * self._weights_L.to(values_BL.device)).mean()
+        self._weights_L = self._weights_L.to(values_BL.device)
+        return (values_BL * self._weights_L).mean()
 
     def judge(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Σ KL(p‖q) and the number of positions."""
         values = _KL(teacher, student, teacher.argmax(-1)).double()
-        return torch.stack((values.sum(), torch.tensor(float(values.numel()), dtype=torch.float64)))
+        return torch.stack((values.sum(), torch.full_like(values.sum(), float(values.numel()))))
 
 
 class DenoiseTask:
@@ -132,6 +134,7 @@ class DenoiseTask:
         """(B, 1, …): each sample has the step of its timestep."""
         if self._step_of is None:
             raise InputError("the model does not say which step a timestep belongs to; scales per step cannot be used")
+        self._step_of = self._step_of.to(x.device)
         return scale_S[self._step_of[batch[1]]].reshape(-1, *[1] * (x.ndim - 1))
 
     def loss(self, teacher: Tensor, student: Tensor, batch: Batch) -> Tensor:

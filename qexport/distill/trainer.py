@@ -31,9 +31,13 @@ from qexport.distill.student import Student
 from qexport.distill.tasks import Batch, Task
 from qexport.errors import InputError
 from qexport.numerics.quantized import QuantizedTensor
+from qexport.reference.device import send
 from qexport.solution import Activation
 
 CHECKPOINT = "training.pt"
+
+READ_EVERY = {"cpu": 1, "cuda": 10}
+"""Steps after which losses are read and looked at: reading waits for a GPU to finish what it was given."""
 
 Progress = Callable[[int, int, float, float], None]
 """Told (steps done, steps in all, loss of the last batch, latest figure on held-out samples)."""
@@ -85,7 +89,9 @@ class Trainer:
         if settings.sharded and processes.world() > 1:
             student.divide()
         self._trained = [p for p in student.parameters() if p.requires_grad]
-        self._optimiser = torch.optim.AdamW(_groups(student, settings), lr=1.0, weight_decay=0.0)
+        self._device = next(student.parameters()).device
+        fused = True if self._device.type == "cuda" else None  # each group has one tensor: a kernel, not a dozen
+        self._optimiser = torch.optim.AdamW(_groups(student, settings), lr=1.0, weight_decay=0.0, fused=fused)
         self._offloaded: OffloadedMoments | None = None
         if settings.offload:
             if checkpoints is None:
@@ -97,6 +103,7 @@ class Trainer:
         self.history = History()
         self._best: tuple[dict[str, QuantizedTensor], dict[str, Activation]] | None = None
         self._step = self.resumed_after = 0
+        self._pending: list[Tensor] = []
 
     def run(self, progress: Progress | None = None, resumed: Callable[[int], None] | None = None) -> Trained:
         """Train from the last checkpoint, or from the start; `resumed` is told after how many steps it goes on.
@@ -113,22 +120,31 @@ class Trainer:
             self._judge()
         model = processes.parallel(self._student)
         while self._step < settings.steps and not self._stopped():
-            loss = self._update(model)
-            self.history.losses.append(loss)
+            self._pending.append(self._update(model))
+            last = self._step + 1 == settings.steps
+            judged = last or (self._step + 1) % settings.evaluate_every == 0
+            saved = last or (self._step + 1) % settings.checkpoint_every == 0
+            read = judged or saved or len(self._pending) >= READ_EVERY.get(self._device.type, 1)
+            if read:
+                self._read()
             self._step += 1
-            last = self._step == settings.steps
-            if last or self._step % settings.evaluate_every == 0:
+            if judged:
                 self._judge()
-            if last or self._step % settings.checkpoint_every == 0 or self._stopped():
+            if saved or self._stopped():
                 self._save()
-            if progress is not None:
-                progress(self._step, settings.steps, loss, self.history.judged[-1][1])
+            if progress is not None and read:
+                progress(self._step, settings.steps, self.history.losses[-1], self.history.judged[-1][1])
         assert self._best is not None
         return Trained(*self._best, self.history)
 
-    def _update(self, model: nn.Module) -> float:
+    def _update(self, model: nn.Module) -> Tensor:
+        """One step; loss and norm of the gradient, (2,) float64, on the device. One that is not finite moves nothing.
+
+        Raises:
+            InputError: no gradient passes through the model.
+        """
         settings, step = self._settings, self._step
-        batch = processes.share(self._data.batch(step, settings.batch, settings.seed))
+        batch = self._there(processes.share(self._data.batch(step, settings.batch, settings.seed)))
         with computing(self._student, settings):
             teacher = self._teach(batch, step)
             output = model(*batch)
@@ -137,16 +153,34 @@ class Trainer:
         loss = self._task.loss(output.detach() if teacher is None else teacher, output, batch)
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        value = processes.mean(loss)
-        norm = processes.clip(self._trained, settings.clip or math.inf)
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise InputError(self._diverged(value, norm))
+        found = torch.stack(
+            (processes.mean(loss), processes.clip(self._trained, settings.clip or math.inf).to(self._device).double())
+        )
+        if self._device.type == "cpu" and not bool(found.isfinite().all()):
+            return found  # `_read` raises
         for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
             group["lr"] = rate * settings.rate(step)
         self._optimiser.step()
         if self._average is not None:
             self._average.update()
-        return value
+        return found
+
+    def _there(self, batch: Batch) -> Batch:
+        """The tensors of a batch on the student's device."""
+        return tuple(send(tensor, self._device) for tensor in batch)
+
+    def _read(self) -> None:
+        """Note the losses of the steps since the last call; `_step` counts those before the latest.
+
+        Raises:
+            InputError: one is not finite.
+        """
+        first = self._step + 1 - len(self._pending)
+        for number, (loss, norm) in enumerate(torch.stack(self._pending).tolist()):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise InputError(self._diverged(loss, norm, first + number))
+            self.history.losses.append(loss)
+        self._pending.clear()
 
     @torch.no_grad()
     def _teach(self, batch: Batch, step: int) -> Tensor | None:
@@ -155,19 +189,21 @@ class Trainer:
         if self._cached is None:
             return self._teacher(*batch)
         numbers = self._data.numbers(step, self._settings.batch, self._settings.seed)
-        return self._cached(processes.share((numbers,))[0], batch)
+        return send(self._cached(processes.share((numbers,))[0], batch), self._device)
 
     @torch.no_grad()
     def _judge(self) -> None:
         """Measure the student on the held-out samples, and keep it if it is the best so far."""
         if self._average is not None:
             self._average.swap()
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64, device=self._device)
         batches = list(self._held.batches(JUDGE_BATCH))
         for first in range(0, len(batches), processes.world()):
             number = first + processes.rank()
-            batch = batches[min(number, len(batches) - 1)]  # a divided student computes only if all processes ask it
-            with precision(self._settings):
+            batch = self._there(
+                batches[min(number, len(batches) - 1)]
+            )  # a divided student computes only if all processes ask it
+            with precision(self._student, self._settings):
                 found = self._task.judge(self._teacher(*batch), self._student(*batch))
             total += found if number < len(batches) else 0
         errors, count = processes.summed(total).tolist()
@@ -183,11 +219,11 @@ class Trainer:
         number = next((i for i, entry in enumerate(judged) if entry == self.history.best), 0) if judged else 0
         return 0 < self._settings.patience < len(judged) - number
 
-    def _diverged(self, loss: float, norm: float) -> str:
+    def _diverged(self, loss: float, norm: float, step: int) -> str:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         saved = self._checkpoints.folder if self._checkpoints is not None else None
         kept = f"; the last checkpoint is in {saved}" if saved is not None and (saved / CHECKPOINT).exists() else ""
-        return f"distillation: {what} at step {self._step + 1}; lower the rate (lr {self._settings.lr}){kept}"
+        return f"distillation: {what} at step {step + 1}; lower the rate (lr {self._settings.lr}){kept}"
 
     def _save(self) -> None:
         if self._checkpoints is None:
@@ -221,7 +257,8 @@ class Trainer:
             self._offloaded.adopt()
         if self._average is not None:
             self._average.values = [
-                processes.part(value, like) for value, like in zip(state["average"], self._trained, strict=True)
+                processes.part(value.to(self._device), like)
+                for value, like in zip(state["average"], self._trained, strict=True)
             ]
         self.history = History(list(state["losses"]), [(int(step), float(value)) for step, value in state["judged"]])
         self._step = int(state["step"])

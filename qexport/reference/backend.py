@@ -14,16 +14,18 @@ from torch import Tensor
 
 from qexport.errors import BundleError
 from qexport.family import Generator, Port
+from qexport.reference.device import device_of, send
 from qexport.runtime import Player
 
 
 class TorchBackend:
-    """Runs the torch modules of a generator on the CPU in float32 (`qexport.runtime.Backend`)."""
+    """Runs the torch modules of a generator in float32, where they lie (`qexport.runtime.Backend`)."""
 
     def __init__(self, generator: Generator) -> None:
         """Take the generator; its modules are used as they are, so weights written into them later count."""
         self._graphs = {spec.name: spec for spec in generator.graphs}
         self._inputs = {spec.name: {port.name: port for port in spec.inputs} for spec in generator.graphs}
+        self._device = device_of(generator)
 
     def inputs(self, graph: str) -> Mapping[str, Port]:
         """Type of each input of a graph.
@@ -41,15 +43,15 @@ class TorchBackend:
 
     def put(self, array: np.ndarray) -> Tensor:
         """A tensor with a copy of the array (tables are read-only maps, which torch cannot share)."""
-        return torch.from_numpy(np.array(array, order="C"))
+        return send(torch.from_numpy(np.array(array, order="C")), self._device)
 
     def get(self, value: Tensor) -> np.ndarray:
-        """The tensor as an array, in the same memory."""
-        return value.detach().numpy()
+        """The tensor as an array, in the same memory where that is the CPU's."""
+        return value.detach().cpu().numpy()
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """A tensor of zeros."""
-        return torch.zeros(shape, dtype=getattr(torch, dtype))
+        return torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
 
     @torch.no_grad()
     def run(self, graph: str, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> dict[str, Tensor]:

@@ -24,7 +24,9 @@ def fake_quantise(x: Tensor, activation: Activation, scale: Tensor | None = None
     """
     number_format = activation.spec.format
     if scale is None:
-        scale = torch.from_numpy(activation.scale) if activation.scale is not None else token_scale(x, number_format)
+        held = activation.scale
+        # On the input's device: CUDA divides by a scalar of the CPU as a product with its reciprocal.
+        scale = token_scale(x, number_format) if held is None else torch.from_numpy(held).to(x.device)
     codes = round_to(x / scale, number_format, activation.zero_point)
     return (codes - activation.zero_point) * scale
 

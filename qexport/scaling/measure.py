@@ -23,6 +23,7 @@ from qexport.family import FeatureExtractor, Generator, find_model
 from qexport.methods import parse_method
 from qexport.recipe import Recipe
 from qexport.reference import torch_player
+from qexport.reference.device import device_name, device_of, placed, to_device
 from qexport.reference.twin import quantised_twin
 from qexport.request import Request
 from qexport.scaling.cost import cost_of, count_macs
@@ -37,7 +38,7 @@ from qexport.verify.fd import measure_fd
 from qexport.verify.images import open_images
 from qexport.verify.trajectory import label_inputs, labels_for
 
-BATCH = 50
+BATCH = {"cpu": 50, "cuda": 250}
 """Images that are sampled at once; noise belongs to the image, so the figures do not depend on it."""
 
 _TOKEN_FIGURES = ("kl", "top1_agreement")
@@ -47,11 +48,12 @@ _LATENT_FIGURES = ("output_mse", "loss", "loss_fp")
 
 @dataclass(frozen=True)
 class Files:
-    """Where what a run reads and writes lies; nothing here decides the result.
+    """Where what a run reads and writes lies, and where it computes; nothing here decides the result.
 
     `images` are real images, `inception` the weights of FID's network and `reference` the real images or statistics for
     it, whose digests are in the `Measurement`; `checkpoints` maps a model to its file; `work` holds
-    the state of fine-tuning, so that a run that was cut off goes on.
+    the state of fine-tuning, so that a run that was cut off goes on. `device` is ``cpu`` or ``cuda``, where models are
+    judged, sampled from and trained; figures differ in their last digits, and a row of ``cuda`` says so.
     """
 
     images: str | None = None
@@ -59,6 +61,7 @@ class Files:
     work: str | None = None
     inception: str | None = None
     reference: tuple[str, ...] = ()
+    device: str = "cpu"
 
     def checkpoint(self, model: str) -> str | None:
         """The file given for a model."""
@@ -81,6 +84,7 @@ class Bench:
     def __init__(self, model: str, how: Measurement, files: Files) -> None:
         """Load the model; see `load`."""
         self.plain = load(model, files)
+        self.full = placed(self.plain, files.device)
         self.how, self.files = how, files
 
     @cached_property
@@ -88,11 +92,11 @@ class Bench:
         """See `qexport.compare.judge`."""
         images, seed = self.files.images, self.how.seed
         if images is None:
-            return make_judge(self.plain, samples=self.how.drawn, seed=seed, per_image=True)
+            return make_judge(self.full, samples=self.how.drawn, seed=seed, per_image=True)
         entry = self.plain.entry
         wanted = self.how.judged_tokens if self.plain.draw is not None else self.how.judged_latents
         there = len(open_images(images, size=entry.image_size, num_classes=entry.num_classes))
-        return make_judge(self.plain, images=images, every=max(1, there // wanted), seed=seed, per_image=True)
+        return make_judge(self.full, images=images, every=max(1, there // wanted), seed=seed, per_image=True)
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
@@ -119,7 +123,7 @@ class Bench:
     @cached_property
     def trajectories(self) -> Trajectories:
         """Of the full-precision denoiser."""
-        return self.play(self.plain)
+        return self.play(self.full)
 
     def play(self, generator: Generator) -> Trajectories:
         """What a denoiser samples."""
@@ -137,7 +141,7 @@ class Bench:
         solution = solve(folded, recipe)
         settings: dict[str, Any] = {"calibration": vars(recipe.calibration)}
         if run.trained:
-            trained = distill(folded, recipe, solution, self._training(), work=work)
+            trained = distill(folded, recipe, solution, self._training(), work=work, device=self.files.device)
             solution = trained.solution
             kept = ("loss", "settings", "data", "steps", "figure", "start", "best", "best_step", "wall_s")
             settings["training"] = {"start_method": START} | {name: trained.report[name] for name in kept}
@@ -155,6 +159,7 @@ class Bench:
         recipe, solution, settings = self.solve(run, work)
         rows: list[dict[str, Any]] = []
         twin = quantised_twin(self.plain, recipe, solution, lambda weight: rows.append(layer_row(weight))).quantised
+        to_device(twin, self.files.device)
         found = dict(self.judge(twin, False))
         arrays: dict[str, np.ndarray] = dict(found.pop(PER_IMAGE))
         names = _LATENT_FIGURES
@@ -168,6 +173,8 @@ class Bench:
         if self.how.fd:
             figures[FD] = self.frechet(twin)
         settings |= {"measurement": describe(self.how), "judged_on": found["source"]}
+        if self.files.device != "cpu":
+            settings["device"] = device_name(self.files.device)
         settings |= {"checkpoints": dict(self.plain.checkpoint_sha256), "recipe": recipe.to_toml()}
         return Measured(figures, cost_of(self.plain, rows, self.macs), arrays, settings)
 
@@ -175,11 +182,12 @@ class Bench:
         """FD of images that a version of the model samples; see `extractor` for what it raises."""
         player, count, seed = torch_player(generator), self.how.fd, self.how.seed
         labels = labels_for(count, generator.entry.num_classes)
+        batch = BATCH[device_of(generator).type]
         batches = (
-            player.play(label_inputs(generator.plan, labels[i : i + BATCH]), seed=seed, first_index=i)
-            for i in range(0, count, BATCH)
+            player.play(label_inputs(generator.plan, labels[i : i + batch]), seed=seed, first_index=i)
+            for i in range(0, count, batch)
         )
-        return measure_fd(batches, self.extractor, seed).to_json()
+        return measure_fd(batches, self.extractor, seed, device_of(generator)).to_json()
 
 
 def trajectory_terms(wanted: Trajectories, found: Trajectories) -> Arrays:

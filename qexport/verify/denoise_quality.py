@@ -98,9 +98,15 @@ class TrajectoryQuality:
 
 
 def make_probe(
-    model: DenoiserModel, images: np.ndarray, labels: np.ndarray, *, seed: int = 0, batch: int = DEFAULT_BATCH
+    model: DenoiserModel,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    seed: int = 0,
+    batch: int = DEFAULT_BATCH,
+    device: str | torch.device = "cpu",
 ) -> Probe:
-    """A probe from images (N, 3, side, side) float32 in [0, 1] and their labels (N,).
+    """A probe from images (N, 3, side, side) float32 in [0, 1] and their labels (N,); the model lies on `device`.
 
     Raises:
         InputError: there are no images, or not one label each.
@@ -109,20 +115,20 @@ def make_probe(
         raise InputError(
             f"{len(images)} images and {len(labels)} labels; at least one image is needed, and one label each"
         )
-    latents = torch.cat([model.encode(torch.from_numpy(part)) for part in _batches(images, batch)])
+    latents = torch.cat([model.encode(torch.from_numpy(part).to(device)).cpu() for part in _batches(images, batch)])
     noise = NoiseStream(seed, 0, len(images)).draw("normal", tuple(latents.shape[1:]))
     t = np.linspace(0, model.timesteps - 1, len(images)).astype(np.int64)
     noisy = model.add_noise(latents, torch.from_numpy(noise), torch.from_numpy(t))
     return Probe(noisy.numpy(), noise, t, np.asarray(labels, np.int64), model.timesteps)
 
 
-def torch_student(model: DenoiserModel, batch: int = DEFAULT_BATCH) -> Student:
-    """The torch modules as they are when called: full precision, or with quantised weights written into them."""
+def torch_student(model: DenoiserModel, batch: int = DEFAULT_BATCH, device: str | torch.device = "cpu") -> Student:
+    """The torch modules, on `device`, as they are when called: full precision, or with quantised weights in them."""
 
     def predict(probe: Probe) -> np.ndarray:
         columns = (probe.noisy, probe.t, probe.labels)
         outputs = [
-            model.denoise(*(torch.from_numpy(column[i : i + batch]) for column in columns))
+            model.denoise(*(torch.from_numpy(column[i : i + batch]).to(device) for column in columns)).cpu()
             for i in range(0, len(probe), batch)
         ]
         return torch.cat(outputs)[:, : probe.noise.shape[1]].numpy()

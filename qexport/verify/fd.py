@@ -71,25 +71,28 @@ class FrechetResult:
         }
 
 
-def measure_fd(batches: Iterable[np.ndarray], extractor: FeatureExtractor, seed: int) -> FrechetResult:
+def measure_fd(
+    batches: Iterable[np.ndarray], extractor: FeatureExtractor, seed: int, device: str | torch.device = "cpu"
+) -> FrechetResult:
     """FD of generated images against the extractor's real statistics.
 
     Args:
         batches: images (b, 3, H, W) float32 in [0, 1].
         extractor: gives the features.
         seed: that the images were generated with; the bootstrap uses it too.
+        device: where the extractor is given the images.
 
     Raises:
         InputError: see `frechet`.
     """
-    features_ND = np.concatenate([_features(extractor, images) for images in batches])
+    features_ND = np.concatenate([_features(extractor, images, device) for images in batches])
     real = Statistics(extractor.mu, extractor.cov, None, extractor.name)
     return frechet(features_ND, real, extractor.name, seed)
 
 
 @torch.no_grad()
-def _features(extractor: FeatureExtractor, images: np.ndarray) -> np.ndarray:
-    return extractor.features(torch.from_numpy(np.ascontiguousarray(images))).numpy()
+def _features(extractor: FeatureExtractor, images: np.ndarray, device: str | torch.device) -> np.ndarray:
+    return extractor.features(torch.from_numpy(np.ascontiguousarray(images)).to(device)).cpu().numpy()
 
 
 def frechet(features_ND: np.ndarray, real: Statistics, name: str, seed: int) -> FrechetResult:

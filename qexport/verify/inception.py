@@ -22,6 +22,7 @@ from torch import Tensor
 from qexport.checkpoint import open_checkpoint, sha256
 from qexport.errors import CheckpointError, InputError
 from qexport.family import INCEPTION
+from qexport.reference.device import choose_device
 from qexport.runtime.pixels import to_pixels
 from qexport.verify.statistics import Statistics
 
@@ -109,20 +110,6 @@ def load_inception(path: str | Path, provider: str = "auto") -> InceptionExtract
     checkpoint = open_checkpoint(path)
     network = _network(checkpoint.state, checkpoint.path).to(device)
     return InceptionExtractor(network, sha256(checkpoint.path), device)
-
-
-def choose_device(provider: str) -> str:
-    """``cpu`` or ``cuda``.
-
-    Raises:
-        InputError: another name, or CUDA where there is none.
-    """
-    if provider not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--provider {provider!r} is unknown; use auto, cpu or cuda")
-    there = provider != "cpu" and torch.cuda.is_available()
-    if provider == "cuda" and not there:
-        raise InputError("--provider cuda: torch sees no CUDA device here; use --provider cpu")
-    return "cuda" if there else "cpu"
 
 
 def _network(state: Mapping[str, Tensor], path: Path) -> Any:

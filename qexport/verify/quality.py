@@ -23,11 +23,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from onnxruntime import OrtValue
+from torch import Tensor
 
 from qexport.errors import UnsupportedError
 from qexport.family import DrawSpec, Generator
 from qexport.numerics.metrics import cross_entropy, kl_divergence, top1_agreement, topk_agreement
 from qexport.reference.backend import torch_player
+from qexport.reference.device import device_of
 from qexport.runtime import Player
 from qexport.runtime.inputs import label_input
 from qexport.verify.forced import UNGUIDED, forced_logits
@@ -104,13 +106,14 @@ def measure_quality(
     """
     if teacher.quality is None:
         raise UnsupportedError(f"{teacher.entry.name}: the family offers no teacher forcing")
+    forced = torch_logits(teacher)
     lengths = list(teacher.quality.scale_lengths)
     bounds = np.cumsum([0, *lengths])
     scores = {**_SCORES, **(_SCORES_ON_IMAGES if on_images else {})}
     sums = {name: np.zeros(len(lengths)) for name in scores}
     samples = 0
     for labels, tokens_BL in batches:
-        p_BLV = teacher.quality.teacher_forced_logits(torch.from_numpy(labels), torch.from_numpy(tokens_BL)).numpy()
+        p_BLV = forced(labels, tokens_BL).cpu().numpy()
         q_BLV = np.concatenate(student(labels, tokens_BL), axis=1)
         samples += len(labels)
         for scale in range(len(lengths)):
@@ -131,14 +134,18 @@ def measure_quality(
 
 def torch_student(generator: Generator) -> Student:
     """A torch model as the student: the quantised reference, or any other."""
-    quality = generator.quality
+    logits = torch_logits(generator)
+    return lambda labels, tokens_BL: [logits(labels, tokens_BL).cpu().numpy()]
+
+
+def torch_logits(generator: Generator) -> Callable[[np.ndarray, np.ndarray], Tensor]:
+    """Labels (B,) and tokens (B, L) → logits (B, L, V), where the model lies."""
+    quality, device = generator.quality, device_of(generator)
     if quality is None:
         raise UnsupportedError(f"{generator.entry.name}: the family offers no teacher forcing")
-
-    def logits(labels: np.ndarray, tokens_BL: np.ndarray) -> Sequence[np.ndarray]:
-        return [quality.teacher_forced_logits(torch.from_numpy(labels), torch.from_numpy(tokens_BL)).numpy()]
-
-    return logits
+    return lambda labels, tokens_BL: quality.teacher_forced_logits(
+        *(torch.from_numpy(array).to(device) for array in (labels, tokens_BL))
+    )
 
 
 def runtime_student(player: Player[OrtValue], draw: DrawSpec, tables: Mapping[str, np.ndarray]) -> Student:
@@ -170,7 +177,7 @@ def drawn_by(generator: Generator, samples: int, seed: int, batch: int) -> Batch
             first_index=start,
             batch=len(labels),
             observer=lambda record, found=found: (
-                found.append(record.results[draw.tokens].numpy()) if record.graph == draw.graph else None
+                found.append(record.results[draw.tokens].cpu().numpy()) if record.graph == draw.graph else None
             ),
             extra_outputs={draw.graph: (draw.tokens,)},
         )
@@ -182,4 +189,4 @@ def tokens_of(generator: Generator, images: ImageSet, batch: int) -> Batches:
     if generator.quality is None:
         raise UnsupportedError(f"{generator.entry.name}: the family offers no teacher forcing")
     for pixels, labels in images.batches(batch):
-        yield labels, generator.quality.tokenize(torch.from_numpy(pixels)).numpy()
+        yield labels, generator.quality.tokenize(torch.from_numpy(pixels).to(device_of(generator))).cpu().numpy()

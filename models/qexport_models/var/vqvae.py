@@ -6,9 +6,11 @@ Legend: B batch, C channels, H W map sides, S scales, L tokens of all scales, Z 
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -150,6 +152,16 @@ class QuantResi(nn.Module):
         return h_BZHW * (1 - self.ratio) + self.qresi_ls[index](h_BZHW) * self.ratio
 
 
+@cache
+def _up(source: int, target: int) -> np.ndarray:
+    return plane(bicubic_up_1d(source, target))
+
+
+@cache
+def _down(source: int, target: int) -> np.ndarray:
+    return plane(area_down_1d(source, target))
+
+
 class Quantizer(nn.Module):
     """Codebook, φ convolutions and the resizes between scales."""
 
@@ -166,14 +178,14 @@ class Quantizer(nn.Module):
     def contribution(self, tokens_BL: Tensor, scale: int) -> Tensor:
         """What the tokens (B, side²) of one scale add to f_hat: (B, Z, H, W)."""
         side, full = self.config.scales[scale], self.config.scales[-1]
-        up = torch.from_numpy(plane(bicubic_up_1d(side, full))).to(self.embedding.weight)
+        up = torch.from_numpy(_up(side, full)).to(self.embedding.weight)
         h_BZ = (up @ self.embedding(tokens_BL)).transpose(1, 2)
         return self.quant_resi(h_BZ.reshape(-1, h_BZ.shape[1], full, full), self.config.phi_index[scale])
 
     def shrink(self, f_BZHW: Tensor, scale: int) -> Tensor:
         """Area-resize a map to the side of `scale`: (B, side², Z)."""
         side, full = self.config.scales[scale], self.config.scales[-1]
-        down = torch.from_numpy(plane(area_down_1d(full, side))).to(f_BZHW)
+        down = torch.from_numpy(_down(full, side)).to(f_BZHW)
         return down @ f_BZHW.flatten(2).transpose(1, 2)
 
     def tokenize(self, f_BZHW: Tensor) -> list[Tensor]:

@@ -137,7 +137,7 @@ def test_a_student_in_parts_goes_on_after_being_killed(runs: dict[int, list[dict
 def test_alone_nothing_is_reduced() -> None:
     assert processes.world() == 1
     assert processes.rank() == 0
-    assert processes.mean(torch.tensor(2.5)) == 2.5
+    assert float(processes.mean(torch.tensor(2.5))) == 2.5
     batch = (torch.arange(6),)
     assert torch.equal(processes.share(batch)[0], batch[0])
 

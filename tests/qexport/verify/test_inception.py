@@ -18,8 +18,9 @@ from inception_support import Stand, blocks, write_folder
 
 from qexport.checkpoint import sha256
 from qexport.errors import CheckpointError, InputError
+from qexport.reference.device import choose_device
 from qexport.verify import inception_run
-from qexport.verify.inception import WEIGHTS_SHA256, InceptionExtractor, choose_device, fit, load_inception
+from qexport.verify.inception import WEIGHTS_SHA256, InceptionExtractor, fit, load_inception
 from qexport.verify.inception_run import open_extractor, score
 
 AGREEMENT = 1e-4
