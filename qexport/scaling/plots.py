@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from qexport.scaling.curves import AXES, TOTAL, Cell, Curve
@@ -21,6 +22,9 @@ from qexport.verify.plots import COLOURS, GRID, INK, STYLE
 PNG_DPI = 300
 _WIDTH_INCHES, _HEIGHT_INCHES = 6.4, 4.2
 _INCHES_A_BAR = 0.27
+MOST_NAMED = 8
+"""Curves that a legend names one by one."""
+
 _VECTOR_STYLE: dict[Any, Any] = {**STYLE, "svg.hashsalt": "qexport"}
 _MARKERS = {"none": "s", "rtn": "o", "gptq": "^", "topkld": "D"}
 _OTHER_MARKERS = "vPX*<>"
@@ -77,7 +81,7 @@ def curve_plot(curves: Sequence[Curve], series: str, figure: str, axis: str) -> 
                 2**curve.x, curve.y, yerr=np.maximum(np.stack([curve.y - low, high - curve.y]), 0),
                 color=_COLOUR_OF_BITS.get(curve.bits, INK), marker=_marker(curve.cell, list(methods)), markersize=4.5,
                 linewidth=1.4, elinewidth=0.9, capsize=2, label=str(curve.cell),
-                linestyle=(0, (4, 2)) if _is_float(curve.cell) else "-",
+                linestyle=_line(curve.cell),
             )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"2$^{{{np.log2(value):.3g}}}$"))
@@ -88,8 +92,28 @@ def curve_plot(curves: Sequence[Curve], series: str, figure: str, axis: str) -> 
         axes.set_xlabel(AXES[axis])
         axes.set_ylabel(label_of(figure))
         axes.set_title(series, loc="left", color=INK, fontsize=10)
-        axes.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), labelcolor=INK)
+        handles = _keys(order, list(methods)) if len(order) > MOST_NAMED else None
+        axes.legend(
+            handles=handles, frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), labelcolor=INK
+        )
     return drawn
+
+
+def _keys(curves: Sequence[Curve], methods: Sequence[str]) -> list[Line2D]:
+    """A line for each format and a marker for each method, where naming every curve would fill the page."""
+    formats = {curve.cell.number_format: curve for curve in curves}
+    lines = [
+        Line2D(
+            [], [], color=_COLOUR_OF_BITS.get(curve.bits, INK), linewidth=1.4, linestyle=_line(curve.cell), label=name
+        )
+        for name, curve in formats.items()
+    ]
+    cells = {curve.cell.method: curve.cell for curve in curves if curve.cell.number_format != FULL}
+    markers = [
+        Line2D([], [], color=INK, marker=_marker(cell, methods), markersize=4.5, linestyle="", label=name)
+        for name, cell in sorted(cells.items())
+    ]
+    return [*lines, *markers]
 
 
 def levels_plot(items: Sequence[Levels], figure: str) -> Figure:
@@ -143,5 +167,6 @@ def _marker(cell: Cell, methods: Sequence[str]) -> str:
     return _OTHER_MARKERS[others.index(cell.method) % len(_OTHER_MARKERS)]
 
 
-def _is_float(cell: Cell) -> bool:
-    return cell.number_format.startswith("fp") and cell.method != "none"
+def _line(cell: Cell) -> Any:
+    """Dashes for floating point; full precision is no format among others."""
+    return (0, (4, 2)) if cell.number_format.startswith("fp") and cell.method != "none" else "-"

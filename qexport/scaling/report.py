@@ -57,7 +57,8 @@ def how_measured(selection: Selection) -> list[str]:
     found.append(
         "Intervals are 95 %, from resampled images, the same in all runs of a series; FD's are taken as independent."
     )
-    found.append(f"qexport {', '.join(versions)}, torch {', '.join(torch)} in float32 on the CPU.")
+    devices = sorted({row.settings.get("device", "the CPU") for row in rows})
+    found.append(f"qexport {', '.join(versions)}, torch {', '.join(torch)} in float32 on {' and '.join(devices)}.")
     training = [row.settings["training"] for row in rows if "training" in row.settings]
     if training:
         steps = sorted({item["steps"] for item in training})
