@@ -174,3 +174,10 @@ def test_classes():
     assert parse_classes("1, 8", 10) == [1, 8]
     assert parse_classes("7-9,0,7", 10) == [7, 8, 9, 0, 7]
     assert parse_classes("0-0", 1) == [0]
+
+
+def test_cuda_graphs_without_cuda_are_one_line(run, toy, tmp_path):
+    outcome = run("generate", toy, "--cuda-graphs", "--provider", "cpu", "--out", tmp_path / "grid.png")
+    assert outcome.code == 2
+    assert outcome.err.strip() == "error: CUDA graphs need CUDA, and the provider is cpu; leave them out"
+    assert not (tmp_path / "grid.png").exists()

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from qexport.errors import BundleError, InputError
 from qexport.runtime import Player, load
+from qexport.runtime.captured import captured_sessions, static_backend
 from qexport.runtime.ort_backend import OrtBackend
 from qexport.runtime.runtime import quant_traits
 from qexport.runtime.session import make_session
@@ -120,3 +121,32 @@ def test_a_plan_that_keeps_results_longer_is_refused(w4_bundle):
     other = replace(first, outputs={**first.outputs, port: plan.output})
     with pytest.raises(InputError, match=f"several states at '{port}'"):
         check_plan(replace(plan, calls=(first, other, *plan.calls[1:])))
+
+
+def test_cuda_graphs_want_cuda(w4_bundle):
+    with pytest.raises(InputError, match="CUDA graphs need CUDA, and the provider is cpu"):
+        load(w4_bundle.path, provider="cpu", cuda_graphs=True, check="size")
+
+
+def test_graphs_that_refuse_capture_run_as_ever(w4_bundle, monkeypatch):
+    """What ONNX Runtime does with a graph that copies to the host, played by a stand-in: no GPU is needed."""
+    real, asked = make_session, []
+
+    def refusing(file, root, config, threads=None):
+        asked.append((file.name, "enable_cuda_graph" in config.provider_options))
+        if asked[-1] == ("step.onnx", True):
+            raise BundleError("cannot use the graph capture feature")
+        return real(file, root, replace(config, provider_options={}), threads)
+
+    monkeypatch.setattr("qexport.runtime.captured.make_session", refusing)
+    files = w4_bundle.graph_files()
+    configs = {name: session_config("cpu", "exact", quant_traits(w4_bundle.manifest, name)) for name in files}
+    found, refused = captured_sessions(files, w4_bundle.path, configs, 1)
+    assert refused == ("step",)
+    assert set(found) == set(files)
+    assert ("step.onnx", False) in asked
+    assert ("decode.onnx", False) not in asked
+    player = Player(w4_bundle.plan, static_backend(w4_bundle.plan, found, "cpu"), w4_bundle.tables())
+    want = load(w4_bundle.path, provider="cpu", options="exact", threads=1, check="size").player
+    for seed in range(3):
+        np.testing.assert_array_equal(player.play({"label": [1]}, seed=seed), want.play({"label": [1]}, seed=seed))
