@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import csv
 import os
 import time
 from functools import cached_property
@@ -71,6 +72,14 @@ FD_BATCH = {"var": 100, "dit": 500}
 
 FD_IMAGES = 1000
 """Of --fd-only."""
+
+OF_SCALING = {
+    "int8": "W8", "int6": "W6", "int4": "W4", "int3": "W3", "int2": "W2", "fp8-e4m3": "fp8 weights",
+    "fp6-e3m2": "fp6-e3m2 weights", "fp4-e2m1": "fp4 weights",
+}  # fmt: skip
+"""Formats of `qexport scaling` by what they are called here."""
+
+SAME = 0.1
 
 CALIBRATION = {"var": Calibration(64), "dit": Calibration(64, schedule="ddim-25")}
 INT8 = get_format("int8")
@@ -237,7 +246,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "Made by `python benchmarks/ptq_quality.py --images cifar_test.npz` (its header says how everything is",
         "measured); every line of `ptq_quality.jsonl` is a row here. Block matrices are quantised, nothing else. Bits",
         "per quantised weight include scales, as stored / as information. FD: FeatureNet, 95 % bootstrap interval,",
-        "only where it was asked for.",
+        "only where it was asked for, most of it from `scaling.csv` (--from-scaling): same recipes, other machine.",
         "s @ load: seconds of calibration and rounding, and the load average of the two cores while they were taken.",
         *(
             [f"† on {', '.join(elsewhere)}: after a method the row's figures, after an FD its images."]
@@ -293,6 +302,29 @@ def take_in(path: Path, found: list[dict[str, Any]]) -> None:
     save(path, list(rows.values()))
 
 
+def from_scaling(path: Path, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """FD of rows without, from the results of `qexport scaling`: the same recipes, measured there by the same code.
+
+    Error against full precision must be the same to `SAME`: on another machine GPTQ rounds some weights otherwise.
+    """
+    rows, found = {key_of(row): row for row in known}, []
+    for line in csv.DictReader(path.read_text().splitlines()):
+        key = line["model"], OF_SCALING.get(line["format"], ""), line["method"]
+        row = rows.get(key)
+        if row is None or "fd" in row or not line.get("fd"):
+            continue
+        ours, theirs = (float(x.get("kl") or x["output_mse"]) for x in (row, line))
+        if abs(theirs - ours) > SAME * ours:
+            print(*key, f"has an error of {theirs:.4g} there and {ours:.4g} here; left out", flush=True)
+            continue
+        fd = {"value": float(line["fd"]), "ci95": [float(line["fd_low"]), float(line["fd_high"])]}
+        fd |= {"n": int(line["fd_n"]), "seed": int(line["seed"]), "from": path.name}
+        found.append(
+            dict(zip(("model", "scheme", "method"), key, strict=True)) | {"fd": fd, "fd_device": line["device"]}
+        )
+    return found
+
+
 def missing(options: argparse.Namespace) -> list[tuple[str, str, str]]:
     """Keys of the rows to be made, in order."""
     known = {key_of(row): "fd" in row for row in read(options.out)}
@@ -322,8 +354,13 @@ def main() -> None:
     parser.add_argument("--shard", metavar="I/N", help="every N-th missing row from the I-th (from 0)")
     parser.add_argument("--shard-out", type=Path, help="for the rows of a shard, in place of --out, which is read")
     parser.add_argument("--merge", type=Path, nargs="+", help="take in the rows of these files, and make the table")
+    parser.add_argument("--from-scaling", type=Path, metavar="CSV", help="take FD from results of `qexport scaling`")
     parser.add_argument("--out", type=Path, default=RESULTS / "ptq_quality.jsonl")
     options = parser.parse_args()
+    if options.from_scaling:
+        take_in(options.out, from_scaling(options.from_scaling, read(options.out)))
+        options.out.with_suffix(".md").write_text(table(read(options.out)))
+        return
     if options.merge:
         take_in(options.out, [row for path in options.merge for row in read(path)])
         options.out.with_suffix(".md").write_text(table(read(options.out)))

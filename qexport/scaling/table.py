@@ -22,7 +22,7 @@ def csv_text(selection: Selection) -> str:
     heads = ["model", "series", "size", "format", "bits", "method", *_COST]
     for name in names:
         heads += [name, f"{name}_low", f"{name}_high", f"{name}_n"]
-    heads += ["seed", "wall_s", "threads", "finished_at", "version", "key"]
+    heads += ["seed", "device", "wall_s", "threads", "finished_at", "version", "key"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(heads)
@@ -32,6 +32,7 @@ def csv_text(selection: Selection) -> str:
         for name in names:
             figure = row.measured.figures.get(name)
             line += [figure["value"], *figure["ci95"], figure["n"]] if figure else [""] * 4
-        line += [row.settings["measurement"]["seed"], row.wall_s, row.environment.get("torch_threads", "")]
+        line += [row.settings["measurement"]["seed"], row.settings.get("device", "cpu"), row.wall_s]
+        line += [row.environment.get("torch_threads", "")]
         writer.writerow([*line, row.finished_at, row.version, row.key])
     return out.getvalue()
