@@ -17,7 +17,8 @@ interrupted. The table, ptq_quality.md, is made of all lines. The data set is re
 --fd-only solves the rows that have no FD once more, samples from them, and adds FD and where it was sampled
 (``fd_device``) to the row, whose other figures stay. --device says where models are judged and sampled from, without
 TF32; calibration and rounding are always the CPU's. --shard I/N takes every N-th missing row from the I-th and writes
-it to a file of its own, --shard-out; --merge takes such files in.
+it to a file of its own, --shard-out; --merge takes such files in. --from-scaling takes FD from results of `qexport
+scaling`, where recipe and error are the same.
 """
 
 from __future__ import annotations
