@@ -41,7 +41,7 @@ def play_in_torch(generator: Generator, device: str = "cpu", compiled: bool = Fa
         spec.module.to(device)
         if compiled:
             spec.module.compile(mode="reduce-overhead" if device == "cuda" else "default")
-    return Player(generator.plan, DeviceBackend(generator, device, compiled), generator.tables)
+    return Player(generator.plan, DeviceBackend(generator, compiled), generator.tables)
 
 
 def load_generator(model: ModelInfo, checkpoint: str | None = None, vae_checkpoint: str | None = None) -> Generator:
@@ -58,30 +58,22 @@ def load_generator(model: ModelInfo, checkpoint: str | None = None, vae_checkpoi
 
 
 class DeviceBackend(TorchBackend):
-    """Values stay on the device; on CUDA it computes under autocast."""
+    """On CUDA it computes under autocast."""
 
-    def __init__(self, generator: Generator, device: str, compiled: bool) -> None:
+    def __init__(self, generator: Generator, compiled: bool) -> None:
+        """Take the generator, where its modules lie by now; `compiled`: what they return is written over."""
         super().__init__(generator)
-        self._device, self._compiled = device, compiled
-
-    def put(self, array: np.ndarray) -> Tensor:
-        """A tensor with a copy of the array."""
-        return super().put(array).to(self._device)
+        self._compiled = compiled
 
     def get(self, value: Tensor) -> np.ndarray:
         """The tensor as an array; float16 as float32."""
-        value = value.detach().cpu()
-        return (value.float() if value.dtype == torch.float16 else value).numpy()
-
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """A tensor of zeros."""
-        return super().zeros(shape, dtype).to(self._device)
+        return super().get(value.float() if value.dtype == torch.float16 else value)
 
     def run(self, graph: str, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> dict[str, Tensor]:
         """Call one module."""
-        if self._device == "cpu":
+        if self._device.type == "cpu":
             return super().run(graph, feeds, outputs)
-        with torch.autocast(self._device, torch.float16):
+        with torch.autocast(self._device.type, torch.float16):
             found = super().run(graph, feeds, outputs)
         torch.cuda.synchronize()  # so that each graph's time is its own
         return {name: value.clone() for name, value in found.items()} if self._compiled else found
