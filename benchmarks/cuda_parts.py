@@ -7,13 +7,12 @@ if the process is ended later. Memory is what the driver says is taken, less wha
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -258,13 +257,17 @@ def open_player(
         profiles: a folder; every session writes a profile there.
     """
     from qexport.bundle import Bundle
-    from qexport.errors import QexportError
     from qexport.runtime import Player
+    from qexport.runtime.captured import captured_sessions
     from qexport.runtime.ort_backend import OrtBackend
     from qexport.runtime.runtime import quant_traits
     from qexport.runtime.session import model_of, open_session, session_options
     from qexport.runtime.static_backend import StaticBackend, check_plan
-    from qexport.targets import SessionConfig, ort_cuda, session_config
+    from qexport.targets import SessionConfig, session_config
+
+    def config_of(graph: str) -> SessionConfig:
+        config = session_config(provider, "serve", quant_traits(opened.manifest, graph))
+        return replace(config, provider_options={**config.provider_options, **(options or {})})
 
     def session(file: Path, config: SessionConfig) -> Any:
         made = session_options(config)
@@ -274,28 +277,23 @@ def open_player(
         return open_session(model_of(file, opened.path, made), made, config, str(file))
 
     opened = Bundle.open(bundle, check="size")
-    sessions, uncaptured, device = {}, [], "cpu"
-    for name, file in opened.graph_files(TARGET).items():
-        config = session_config(provider, "serve", quant_traits(opened.manifest, name))
-        config = replace(config, provider_options={**config.provider_options, **(options or {})})
-        device = config.device
-        if captured and provider == "cuda":
-            try:
-                sessions[name] = session(file, ort_cuda.captured(config))
-                continue
-            except QexportError:
-                uncaptured.append(name)
-        sessions[name] = session(file, config)
+    files = opened.graph_files(TARGET)
+    configs = {name: config_of(name) for name in files}
+    on_gpu, uncaptured = captured and provider == "cuda", ()
+    if on_gpu:
+        sessions, uncaptured = captured_sessions(files, opened.path, configs)
+    else:
+        sessions = {name: session(file, configs[name]) for name, file in files.items()}
+    device = next(iter(configs.values())).device
+    backend = OrtBackend(sessions, device)
     if captured:
         check_plan(opened.plan)
-        backend: OrtBackend = StaticBackend(sessions, device, captured=provider == "cuda")
-    else:
-        backend = OrtBackend(sessions, device)
+        backend = StaticBackend(sessions, device, captured=on_gpu)
     plan = opened.plan
     if fewest and plan.schedules:
         plan = plan.with_schedule(min(plan.schedules, key=lambda name: plan.tables[plan.schedules[name]].shape[0]))
     player = Player(plan, backend, opened.tables())
-    return Played(player, opened.manifest.model.num_classes, backend, sessions, tuple(uncaptured))
+    return Played(player, opened.manifest.model.num_classes, backend, sessions, uncaptured)
 
 
 def image_part(tell: Tell, bundle: Path, subject: Subject, provider: str, captured: bool, runs: Runs) -> None:
@@ -345,103 +343,3 @@ def _fallback(sessions: Mapping[str, Any], provider: str) -> dict[str, Any]:
     fallen = Counter(op for op, where in ran.values() if where == "CPUExecutionProvider")
     heavy = sum(count for op, count in fallen.items() if any(part in op for part in HEAVY))
     return {"fallback": heavy, "nodes": len(ran), "on_cpu": dict(fallen)}
-
-
-# torch --------------------------------------------------------------------------------------------------------------
-
-
-def torch_part(tell: Tell, subject: Subject, device: str, compiled: bool, runs: Runs) -> None:
-    """The same work in torch, in fp16 on a GPU: a denoiser as a whole, a VAR's products (the rest under autocast)."""
-    memory = DeviceMemory(device, torch_too=True)
-    import torch
-
-    from qexport.reference.backend import TorchBackend
-    from qexport.runtime import Player
-
-    generator = load_model(subject)
-    half = device == "cuda"
-    for spec in generator.graphs:
-        if half and spec.name == subject.forward:
-            spec.module.half()
-        elif half:
-            halve_products(spec.module)
-        if subject.forward in (None, spec.name):
-            spec.module.to(device)
-        if compiled:
-            torch._dynamo.config.capture_scalar_outputs = True
-            torch._dynamo.config.recompile_limit = 64
-            spec.module.compile(mode="reduce-overhead" if half else "default")
-
-    class OnDevice(TorchBackend):
-        """Values stay on the device."""
-
-        def put(self, array: np.ndarray) -> torch.Tensor:
-            return super().put(array).to(device)
-
-        def get(self, value: torch.Tensor) -> np.ndarray:
-            return super().get(value.float().cpu())
-
-        def zeros(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-            return super().zeros(shape, dtype).to(device)
-
-        def run(self, graph: str, feeds: Any, outputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
-            with autocast(device, half and graph != subject.forward):
-                found = super().run(graph, feeds, outputs)
-            return {name: value.clone() for name, value in found.items()} if compiled else found
-
-    backend = OnDevice(generator)
-    loaded = memory.taken()
-    for batch in subject.batches:
-        if subject.forward is None:
-            player = Player(generator.plan, backend, generator.tables)
-            labels = [i % generator.entry.num_classes for i in range(batch)]
-            found = timed(lambda player=player, labels=labels: player.play({"label": labels}), runs)
-        else:
-            spec = generator.graph(subject.forward)
-            values = {name: backend.put(array) for name, array in torch_feeds(spec, batch).items()}
-            outputs = tuple(port.name for port in spec.outputs)
-
-            def forward(values: Mapping[str, torch.Tensor] = values, outputs: tuple[str, ...] = outputs) -> None:
-                backend.run(str(subject.forward), values, outputs)
-                if half:
-                    torch.cuda.synchronize()
-
-            found = timed(forward, runs)
-        tell(batch, {**found, "device_bytes_loaded": loaded, "device_bytes_after": memory.taken()})
-
-
-def halve_products(module: Any) -> None:
-    """Weights of products and convolutions to float16, which autocast would otherwise do again at every call."""
-    import torch
-
-    for inner in module.modules():
-        if isinstance(inner, (torch.nn.Linear, torch.nn.Conv2d)):
-            inner.half()
-
-
-def torch_feeds(spec: Any, batch: int) -> dict[str, np.ndarray]:
-    """As `feeds`, for a graph's torch module."""
-    rng = np.random.default_rng(SEED)
-    found = {}
-    for port in spec.inputs:
-        shape = [batch if isinstance(size, str) else size for size in port.shape]
-        real = rng.normal(size=shape) if shape and port.name != "row" else np.ones(shape)
-        found[port.name] = np.ones(shape, np.int64) if port.dtype == "int64" else np.asarray(real, port.dtype)
-    return found
-
-
-@contextlib.contextmanager
-def autocast(device: str, wanted: bool) -> Iterator[None]:
-    import torch
-
-    with torch.autocast(device, torch.float16) if wanted else contextlib.nullcontext():
-        yield
-
-
-def load_model(subject: Subject) -> Any:
-    from qexport.family import find_model, load_random
-
-    if subject.random:
-        return load_random(subject.name, SEED)
-    family, entry = find_model(subject.name)
-    return family.load(entry, None, None)

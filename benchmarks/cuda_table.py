@@ -40,6 +40,7 @@ from typing import Any
 import cuda_parts as parts
 import numpy as np
 from cuda_parts import Form, Runs, Subject
+from cuda_torch import torch_part
 from parts import in_a_process
 from skeleton import FACTS, pack, unpack
 
@@ -129,7 +130,7 @@ class Table:
         name = FORMS[form].name if form in FORMS else TORCH[form]
         if form in TORCH:
             compiled = form == "torch-compile"
-            self._time(subject, name, parts.torch_part, lambda left: (left, self.provider, compiled, self.runs))
+            self._time(subject, name, torch_part, lambda left: (left, self.provider, compiled, self.runs))
             return
         labels = {f"{name}, CUDA graph" if self.provider == "cuda" else f"{name}, fixed buffers": True, name: False}
         if self.provider == "cpu" and subject.forward is not None:

@@ -19,12 +19,12 @@ class Runtime:
 
         with contextlib.suppress(Exception):
             ort.preload_dlls()  # a no-op where torch has loaded them
-        self.ort, self.library, self.provider = ort, str(library), provider
+        self.ort, self.operators, self.provider = ort, str(library), provider
 
     def session(self, model: bytes, graph: bool = False, strict: bool = False) -> Any:
         """Make a session; `strict` refuses nodes that fall back to the CPU, `graph` captures CUDA graphs."""
         options = self.ort.SessionOptions()
-        options.register_custom_ops_library(self.library)
+        options.register_custom_ops_library(self.operators)
         options.log_severity_level = 3
         if strict:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
