@@ -41,13 +41,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Form:
-    """How a model is quantised; `optimised`: `--optimize latency`, for the largest batch."""
+    """How a model is quantised; `optimised`: `--optimize latency`, for the largest batch.
+
+    `decoder` is what decoders compute in; for subjects of whole images only, and of random weights not measured before.
+    """
 
     name: str
     wbits: int
     abits: int = 16
     number_format: str = "int"
     optimised: bool = False
+    decoder: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,9 @@ def make_part(tell: Tell, subject: Subject, form: Form, folder: str) -> None:
         weights = SEED if subject.random else None
         quantize(subject.name, request=Request(scheme, samples=1), random_weights=weights, out=folder)
     if TARGET not in Bundle.open(folder, "size").manifest.targets:
-        lower(folder, TARGET, optimize="latency" if form.optimised else None, batch=largest)
+        optimize = "latency" if form.optimised else None
+        known = not subject.random  # the ranges of random weights mean nothing
+        lower(folder, TARGET, optimize=optimize, batch=largest, decoder_dtype=form.decoder, measure_decoder=known)
     tell(largest, {})
 
 

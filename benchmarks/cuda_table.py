@@ -8,8 +8,9 @@
 DiT-XL/2: one forward of the denoising graph for 1, 8 and 32 images (the batch inside is twice that: 2, 16, 64). VAR:
 whole images, batch 1, 8 and 32. Forms: fp16, W8A16, W4A16, W8A8 in int8 and fp8, two also with `--optimize latency`
 for the largest batch, each lowered with float16 compute, each also under CUDA graphs (everything bound; VAR: every
-scale a graph of its own on fixed buffers); torch eager and torch.compile (reduce-overhead) in the same run. Weights are
-random numbers of the published shapes; speed does not depend on them (`benchmarks/skeleton.py`).
+scale a graph of its own on fixed buffers); for whole images fp16 and W4A16 also with a float16 decoder; torch eager
+and torch.compile (reduce-overhead) in the same run. Weights are random numbers of the published shapes; speed does not
+depend on them (`benchmarks/skeleton.py`).
 
 Every form has processes of its own, the most important forms first, for all models. A row holds median, least and
 greatest of its runs and the memory that the device lost to it once loaded, and after this batch (with all before it;
@@ -58,12 +59,14 @@ FORMS: dict[str, Form] = {
     "w8a8-int8": Form("W8A8-int8", 8, 8),
     "w8a8-int8-latency": Form("W8A8-int8, --optimize latency", 8, 8, optimised=True),
     "w8a8-fp8": Form("W8A8-fp8", 8, 8, "fp8"),
+    "fp16-decoder": Form("fp16, float16 decoder", 16, decoder="float16"),
+    "w4a16-decoder": Form("W4A16, float16 decoder", 4, decoder="float16"),
 }
 TORCH = {"torch-eager": "torch eager fp16", "torch-compile": "torch.compile fp16"}
 
 ORDER = (
-    "fp16", "torch-eager", "w4a16", "w8a16", "torch-compile", "w4a16-latency", "w8a8-fp8", "w8a8-int8",
-    "w8a8-int8-latency",
+    "fp16", "torch-eager", "w4a16", "fp16-decoder", "w4a16-decoder", "w8a16", "torch-compile", "w4a16-latency",
+    "w8a8-fp8", "w8a8-int8", "w8a8-int8-latency",
 )  # fmt: skip
 """What is measured first, in case time runs out."""
 
@@ -91,11 +94,16 @@ def archive(folder: Path, subject: Subject, form: str) -> Path:
     return folder / f"{subject.name}-{form}.tar.xz"
 
 
+def applies(subject: Subject, form: str) -> bool:
+    """Whether a form says anything of a model: what a decoder computes in, only of whole images."""
+    return form not in FORMS or FORMS[form].decoder == "float32" or subject.forward is None
+
+
 def make(folder: Path, bundles: Path, subjects: Sequence[Subject], forms: Sequence[str]) -> list[dict[str, Any]]:
     """A skeleton for every model and form that has none in `folder`; bundles are deleted once they are packed."""
     answers = []
     for form in (form for form in forms if form in FORMS):
-        for subject in subjects:
+        for subject in (subject for subject in subjects if applies(subject, form)):
             out, bundle = archive(folder, subject, form), bundles / f"{subject.name}-{form}"
             if not out.exists():
                 arguments = (subject, FORMS[form], str(bundle))
@@ -372,7 +380,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         table = start(args, folder)
         for form in forms:
             for subject in subjects:
-                table.measure(subject, form)
+                if applies(subject, form):
+                    table.measure(subject, form)
     table.write()
     print(markdown(table.report))
 

@@ -31,6 +31,14 @@ def lower(
         str | None,
         typer.Option("--dtype", metavar="float16|float32", help="What they compute in; the target has a default."),
     ] = None,
+    decoder_dtype: Annotated[
+        str,
+        typer.Option(
+            "--decoder-dtype",
+            metavar="float32|float16",
+            help="What the decoder of latents computes in; float16 is refused where its numbers do not fit.",
+        ),
+    ] = "float32",
     optimize: Annotated[
         str | None,
         typer.Option(
@@ -56,7 +64,16 @@ def lower(
 
     path = bundle if bundle is not None else Bundle.newest()
     with work() as progress:
-        report = run(path, target, dtype=dtype, optimize=optimize, batch=batch, table=table, progress=progress)
+        report = run(
+            path,
+            target,
+            dtype=dtype,
+            optimize=optimize,
+            batch=batch,
+            table=table,
+            progress=progress,
+            decoder_dtype=decoder_dtype,
+        )
     if json:
         print_json(report.to_json())
         return
@@ -91,6 +108,12 @@ def _facts(report: LowerReport) -> dict[str, object]:
         "added": f"{size(report.added_bytes)}, of which {size(report.weights_bytes)} are weights that changed",
         "files": files or "none: nothing was to be rewritten, the portable graphs are used",
     }
+    found = report.decoder_range
+    if found is not None:
+        drawn = f"{found.images} images" + (f" by {found.schedule}" if found.schedule else "")
+        facts["decoder"] = (
+            f"{report.decoder_dtype}; reaches {found.greatest:,.1f} of {found.limit:,.0f} at {found.node}, on {drawn}"
+        )
     if report.aim:
         facts["chosen for"] = (
             f"{report.aim['optimize']}, batch {report.aim['batch']}, by the table of {report.aim['device']}"

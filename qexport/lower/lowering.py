@@ -14,6 +14,7 @@ from qexport.bundle import Bundle, BundleWriter, Manifest, WeightFileWriter
 from qexport.bundle.files import MANIFEST, REPORTS, WEIGHTS, walk
 from qexport.errors import BundleError, InputError, UnsupportedError
 from qexport.lower.choose import Choice, choose
+from qexport.lower.decoder_range import DecoderRange, decoder_of, measure_range
 from qexport.lower.graphs import RewriteCount, check_graph, read_graph, rewrite, write_graph
 from qexport.lower.passes.dense_weights import DenseWeights
 from qexport.lower.passes.fused_attention import FusedAttention
@@ -38,6 +39,8 @@ class LowerReport:
     `graphs` has the rewrites of each graph by name; graphs without any are used as they are and have no file.
     `added_bytes` is what the target's folder takes, of which `weights_bytes` are tensors that changed. `aim` says what
     forms of layers were chosen for, and by which table; `choices` has every layer's, both empty without one.
+    `decoder_range` has the greatest number that a decoder in float16 met (`qexport.lower.decoder_range`); None where it
+    computes in float32, or where the measuring was left out.
     """
 
     target: str
@@ -50,6 +53,8 @@ class LowerReport:
     graphs: Mapping[str, Mapping[str, RewriteCount]] = field(default_factory=dict)
     aim: Mapping[str, Any] = field(default_factory=dict)
     choices: tuple[Choice, ...] = ()
+    decoder_dtype: str = "float32"
+    decoder_range: DecoderRange | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -66,6 +71,8 @@ def lower(
     batch: int = 1,
     table: Path | None = None,
     progress: Progress | None = None,
+    decoder_dtype: str = "float32",
+    measure_decoder: bool = True,
 ) -> LowerReport:
     """Add the graphs of a target to a bundle; one that is there already is replaced.
 
@@ -82,16 +89,22 @@ def lower(
         batch: images at a time that forms are chosen for.
         table: the table; None takes this device's, or else the one that comes with qexport.
         progress: told how far it is.
+        decoder_dtype: what the autoencoder at the end of the plan computes in. In float16 the bundle first draws a few
+            latents on the CPU, and the range of every number of the decoder is measured on them.
+        measure_decoder: False leaves that out; for bundles of random weights, whose ranges mean nothing.
 
     Raises:
         BundleError: the bundle is damaged.
-        UnsupportedError: no such target or type, or the bundle must be quantised in another way for it.
+        UnsupportedError: no such target or type, or the bundle must be quantised in another way for it, or its decoder
+            does not fit into float16.
         InputError: the bundle cannot be written, or there is no table of the target's forms.
     """
     chosen = find_target(target)
     compute = dtype or chosen.dtypes[0]
     if compute not in chosen.dtypes:
         raise UnsupportedError(f"{target} computes in {' or '.join(chosen.dtypes)}, not in {compute}")
+    if decoder_dtype not in chosen.dtypes:
+        raise UnsupportedError(f"decoders of {target} compute in {' or '.join(chosen.dtypes)}, not in {decoder_dtype}")
     bundle = Bundle.open(path)
     shared = bundle.path / WEIGHTS
     if shared.stat().st_nlink > 1:
@@ -101,8 +114,14 @@ def lower(
         raise UnsupportedError(f"{path}: {reason}; quantise for {target}, it cannot be lowered to")
     tell = progress or (lambda stage, done, total: None)
     aim, choices = ({}, ()) if optimize is None else _choose(bundle, chosen, compute, optimize, batch, table)
+    half_decoder = decoder_of(bundle) if decoder_dtype == "float16" else None
+    found = None
+    if half_decoder is not None and measure_decoder:
+        tell("decoder's range", 0, 1)
+        found = measure_range(bundle, half_decoder, [step() for step in chosen.rewrites])
+        tell("decoder's range", 1, 1)
     with BundleWriter(bundle.path, overwrite=True) as writer:
-        return _write(bundle, chosen, compute, aim, choices, writer, tell)
+        return _write(bundle, chosen, compute, aim, choices, writer, tell, half_decoder, found)
 
 
 def _choose(
@@ -118,11 +137,11 @@ def _choose(
     return aim, choose(bundle, plan_work(bundle, batch), table, mode, dtype)
 
 
-def _steps(target: Target, dtype: str, dense: set[str], ports: list[StatePorts]) -> list[Rewrite]:
+def _steps(target: Target, dtype: str, dense: set[str], ports: list[StatePorts], convolutional: bool) -> list[Rewrite]:
     """The rewrites of one graph; what is dequantised at load comes last, so that all others see codes and scales."""
     steps = [step(dense) if step is FusedAttention else step() for step in target.rewrites]
-    if dtype == "float16":
-        steps.append(HalfPrecision(ports))
+    if dtype == "float16" or convolutional:
+        steps.append(HalfPrecision(ports, convolutional))
     return [*steps, DenseWeights(dense)] if dense else steps
 
 
@@ -134,6 +153,8 @@ def _write(
     choices: tuple[Choice, ...],
     writer: BundleWriter,
     tell: Progress,
+    half_decoder: str | None,
+    decoder_range: DecoderRange | None,
 ) -> LowerReport:
     folder = f"{FOLDER}/{target.name}"
     (writer.path / folder).mkdir(parents=True)
@@ -145,11 +166,12 @@ def _write(
             tell("lower", done, len(bundle.plan.graphs))
             model = read_graph(file)
             dense = {choice.weight for choice in choices if choice.dense and choice.graph == name}
-            counts[name] = rewrite(model, _steps(target, dtype, dense, state_ports(bundle.manifest, name)))
+            steps = _steps(target, dtype, dense, state_ports(bundle.manifest, name), name == half_decoder)
+            counts[name] = rewrite(model, steps)
             if any(count.rewritten for count in counts[name].values()):
                 graphs[name] = f"{folder}/{name}.onnx"
                 halved = counts[name].get(HalfPrecision.name)
-                computes = dtype if halved is None or halved.rewritten else "float32"
+                computes = "float16" if halved is not None and halved.rewritten else "float32"
                 write_graph(model, writer.path, graphs[name], weights, location, computes)
     for relative in graphs.values():
         check_graph(writer.path / relative)
@@ -163,8 +185,9 @@ def _write(
     files = tuple(sorted(p.relative_to(writer.path).as_posix() for p in (writer.path / folder).iterdir()))
     added = sum((writer.path / name).stat().st_size for name in files)
     report = LowerReport(
-        target.name, dtype, target.provider, str(bundle.path), added, weights_bytes, files, counts, aim, choices
-    )
+        target.name, dtype, target.provider, str(bundle.path), added, weights_bytes, files, counts, aim, choices,
+        "float16" if half_decoder else "float32", decoder_range,
+    )  # fmt: skip
     data = json.dumps(report.to_json(), indent=1) + "\n"
     writer.write(f"{REPORTS}/lower-{target.name}.json", data.encode())
     tell("write", 0, 1)

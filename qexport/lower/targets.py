@@ -33,6 +33,7 @@ from qexport.lower.passes.fused_attention import FusedAttention
 from qexport.lower.passes.heads_in_place import HeadsInPlace
 from qexport.lower.passes.idle_transpose import IdleTranspose
 from qexport.lower.passes.joined_bias import JoinedBias
+from qexport.lower.passes.joined_split import JoinedSplit
 from qexport.lower.passes.modulated_norm import ModulatedNorm
 from qexport.lower.passes.rms_norm import RmsNorm
 from qexport.lower.passes.rotary import Rotary
@@ -40,6 +41,7 @@ from qexport.lower.passes.shared_input_gemm import SharedInputGemm
 from qexport.lower.passes.skip_norm import SkipNorm
 from qexport.lower.passes.split_slices import SplitSlices
 from qexport.lower.passes.unit_norm import UnitNorm
+from qexport.lower.passes.vector_entries import VectorEntries
 from qexport.lower.rewrite import Rewrite
 from qexport.scheme import PerToken
 from qexport.suggest import nearest
@@ -108,8 +110,8 @@ TARGETS: Mapping[str, Target] = {
         Target("ort-cpu", "cpu", ("float32",), (*SHAPING, *NORMS_AND_HEADS, Rotary), _none),
         Target(
             "ort-cuda", "cuda", ("float16", "float32"),
-            (*SHAPING, SharedInputGemm, *NORMS_AND_HEADS, FusedAttention, ModulatedNorm, *CONTRIB,
-             BiasRank, ConstantTopk), _none,
+            (*SHAPING, SharedInputGemm, JoinedSplit, VectorEntries, *NORMS_AND_HEADS, FusedAttention, ModulatedNorm,
+             *CONTRIB, BiasRank, ConstantTopk), _none,
         ),
         Target("tensorrt", "tensorrt", ("float32",), (*SHAPING, SharedInputGemm), _tensorrt),
     )

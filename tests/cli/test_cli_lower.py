@@ -32,12 +32,20 @@ def test_words_say_what_was_done_and_what_was_not(run, bundle):
     assert run("inspect", bundle).out.count("ort-cuda") == 1
 
 
+def test_a_decoder_in_float16_says_how_far_it_goes(run, bundle):
+    outcome = run("lower", bundle, "--decoder-dtype", "float16")
+    assert outcome.code == 0
+    assert "float16; reaches " in outcome.out
+    assert " of 8,188 at decoder." in outcome.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--target", "tensorrt"), "--group-size 128"),
         (("--target", "ort-cud"), "did you mean 'ort-cuda'"),
         (("--target", "ort-cpu", "--dtype", "float16"), "float32, not in float16"),
+        (("--target", "ort-cpu", "--decoder-dtype", "float16"), "decoders of ort-cpu compute in float32"),
     ],
 )
 def test_refusals_are_one_line(run, bundle, arguments, words):

@@ -14,8 +14,11 @@ which is what fuses to MatMulNBits on float16 activations.
 
 A state that only one graph reads and writes, both inside (a KV cache), may have float16 ports: `ports` names them.
 
-Refused by name: graphs with more convolutions than matrix products (autoencoders: their range in float16 is not
-proven), and states that are not inside on both ends.
+Graphs with more convolutions than matrix products are autoencoders. They are left alone unless `convolutional` says
+that their range was measured (`qexport.lower.decoder_range`); then convolutions are anchors, too. The scales of a
+`Resize` stay float32 by ONNX's own rule.
+
+Refused by name: autoencoders without that word, and states that are not inside on both ends.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qexport.lower.rewrite import CONTRIB, Refusal, Rewrite, add_constant, constant, producer
+from qexport.lower.rewrite import CONTRIB, Refusal, Rewrite, add_constant, add_node, constant, producer, sizes
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
@@ -45,25 +48,24 @@ class StatePorts:
 
 
 class HalfPrecision(Rewrite):
-    """See module. `ports` are the states whose type may change; `changed` those where it did."""
+    """See module. `ports` are the states whose type may change; `changed` those where it did.
+
+    `convolutional` takes graphs with more convolutions than products, too.
+    """
 
     name = "compute in float16"
 
-    def __init__(self, ports: Sequence[StatePorts] = ()) -> None:
+    def __init__(self, ports: Sequence[StatePorts] = (), convolutional: bool = False) -> None:
         super().__init__()
         self.ports = tuple(ports)
+        self.convolutional = convolutional
         self.changed: list[StatePorts] = []
 
     def apply(self, graph: ir.Graph) -> None:
         """Convert what is inside; nothing where there is no anchor."""
-        anchors = [node for node in graph if _is_anchor(node)]
-        convolutions = [node for node in graph if node.op_type == "Conv"]
-        if not anchors:
+        inside = self._find_inside(graph)
+        if not inside:
             return
-        if len(convolutions) > len(anchors):
-            self.refused.append(Refusal(graph.name or "graph", "convolutional; its range in float16 is not proven"))
-            return
-        inside = _inside(graph, anchors)
         self._choose_ports(graph, inside)
         half_inputs = {name for state in self.changed for name in state.inputs}
         half_outputs = {name for state in self.changed for name in state.outputs}
@@ -73,14 +75,35 @@ class HalfPrecision(Rewrite):
         casts: dict[ir.Value, ir.Value] = {}
         ordered = [node for node in graph if node in inside]
         for node in ordered:
-            for place, value in enumerate(node.inputs):
-                if value is not None and _is_float(value) and not _made_inside(value, inside):
-                    node.replace_input_with(place, _as_half(graph, node, value, casts))
+            for place, value in _entering(node, inside):
+                node.replace_input_with(place, _as_half(graph, node, value, casts))
             self.rewritten.append(node.name or "")
         for node in ordered:
             for value in node.outputs:
                 if value.dtype == FLOAT:
                     _leave(graph, value, inside, half_outputs)
+
+    def values(self, graph: ir.Graph) -> tuple[list[ir.Node], list[ir.Value]]:
+        """What would compute in float16, and every value that would be rounded to it; changes nothing."""
+        inside = self._find_inside(graph)
+        ordered = [node for node in graph if node in inside]
+        found: dict[ir.Value, None] = {}
+        for node in ordered:
+            found |= dict.fromkeys(value for _, value in _entering(node, inside) if _stored(value) is None)
+            found |= dict.fromkeys(value for value in node.outputs if _is_float(value))
+        return ordered, list(found)
+
+    def _find_inside(self, graph: ir.Graph) -> set[ir.Node]:
+        anchors = [node for node in graph if _is_anchor(node)]
+        convolutions = [node for node in graph if node.op_type == "Conv"]
+        if self.convolutional:
+            anchors += [node for node in convolutions if has_plain_weight(node)]
+        if not anchors:
+            return set()
+        if len(convolutions) > len(anchors):
+            self.refused.append(Refusal(graph.name or "graph", "convolutional; its range in float16 is not proven"))
+            return set()
+        return _inside(graph, anchors)
 
     def _choose_ports(self, graph: ir.Graph, inside: set[ir.Node]) -> None:
         inputs = {value.name: value for value in graph.inputs}
@@ -93,6 +116,22 @@ class HalfPrecision(Rewrite):
                 self.changed.append(state)
             else:
                 self.refused.append(Refusal(state.inputs[0], "this state is not in float16 on both ends"))
+
+
+def has_plain_weight(node: ir.Node) -> bool:
+    """Whether the second input is a parameter in floating point."""
+    weight = node.inputs[1]
+    return weight is not None and (weight.is_initializer() or _stored(weight) is not None)
+
+
+def _entering(node: ir.Node, inside: set[ir.Node]) -> list[tuple[int, ir.Value]]:
+    """The float32 values that come to an inner node from outside, with their places."""
+    inputs = node.inputs[:1] if node.op_type == "Resize" else node.inputs
+    return [
+        (place, value)
+        for place, value in enumerate(inputs)
+        if value is not None and _is_float(value) and not _made_inside(value, inside)
+    ]
 
 
 def _is_float(value: ir.Value) -> bool:
@@ -155,6 +194,13 @@ def _stored(value: ir.Value) -> ir.Value | None:
     return source if source is not None and source.is_initializer() and source.dtype == HALF else None
 
 
+def _filled(value: ir.Value) -> tuple[ir.Node, float] | None:
+    """The node that fills a tensor with one number (the unit scale of a norm), and the number."""
+    maker = producer(value, "ConstantOfShape")
+    given = maker.attributes.get("value") if maker is not None else None
+    return (maker, given.as_tensor().numpy().item()) if maker is not None and given is not None else None
+
+
 def _made_inside(value: ir.Value, inside: set[ir.Node]) -> bool:
     return value.producer() in inside
 
@@ -163,6 +209,14 @@ def _as_half(graph: ir.Graph, before: ir.Node, value: ir.Value, casts: dict[ir.V
     stored = _stored(value)
     if stored is not None:
         return stored
+    filled = _filled(value)
+    if filled is not None and value not in casts:
+        maker, number = filled
+        half = ir.tensor(np.full(1, number, np.float16))
+        casts[value] = add_node(
+            graph, maker, "ConstantOfShape", maker.inputs, f"{maker.name}.half", {"value": half},
+            shapes=[sizes(value)], dtype=HALF,
+        )[0]  # fmt: skip
     if value not in casts:
         numbers = constant(value) if value.is_initializer() else None
         if numbers is not None:
@@ -175,7 +229,7 @@ def _as_half(graph: ir.Graph, before: ir.Node, value: ir.Value, casts: dict[ir.V
 def _leave(graph: ir.Graph, value: ir.Value, inside: set[ir.Node], half_outputs: set[str]) -> None:
     """Give the output of an inner node its type, and what is outside a float32 copy of it."""
     value.type = ir.TensorType(HALF)
-    outer = [use for use in value.uses() if use.node not in inside and use.node.op_type != "Cast"]
+    outer = [use for use in value.uses() if use.node not in inside and use.node.op_type not in ("Cast", "Shape")]
     outer += [use for use in value.uses() if use.node.op_type == "Cast" and not _casts_to_half(use.node)]
     port = value.is_graph_output() and value.name not in half_outputs
     if not outer and not port:

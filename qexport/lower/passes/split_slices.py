@@ -8,6 +8,8 @@ Runtime's CUDA provider does), slices that overlap or leave a gap, and more than
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from qexport.lower.rewrite import Rewrite, add_node, integers, nodes, remove_unused, replace, sizes
@@ -28,7 +30,9 @@ class SplitSlices(Rewrite):
             if source is None or source.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
                 continue  # arithmetic of shapes
             slices = [use.node for use in source.uses() if use.node.op_type == "Slice" and use.idx == 0]
-            found = [(span, node) for span, node in ((_range(node), node) for node in slices) if span is not None]
+            found = [
+                (span, node) for span, node in ((span_of_slice(node), node) for node in slices) if span is not None
+            ]
             ordered = sorted(found, key=lambda item: item[0])
             spans = [span for span, _ in ordered]
             if len(slices) < 2 or len(found) < len(slices) or len({axis for axis, _, _ in spans}) != 1:
@@ -53,7 +57,7 @@ class SplitSlices(Rewrite):
         self.rewritten.append(source.name or "")
 
 
-def _range(node: ir.Node) -> tuple[int, int, int] | None:
+def span_of_slice(node: ir.Node) -> tuple[int, int, int] | None:
     """Axis, start and end of a slice of step 1 along one axis of known size."""
     start, end, axes = (integers(node.inputs[i]) for i in (1, 2, 3)) if len(node.inputs) > 3 else (None,) * 3
     steps = integers(node.inputs[4]) if len(node.inputs) > 4 else [1]
@@ -66,6 +70,18 @@ def _range(node: ir.Node) -> tuple[int, int, int] | None:
         return None
     bounds = [min(bound + size if bound < 0 else bound, size) for bound in (start[0], end[0])]
     return axis, bounds[0], bounds[1]
+
+
+def partition(slices: Sequence[ir.Node]) -> tuple[int, list[ir.Value]] | None:
+    """The axis along which these slices of one value partition it, in any widths, and its parts in order; else None."""
+    found = sorted(((span, node) for node in slices if (span := span_of_slice(node)) is not None), key=lambda x: x[0])
+    shape = sizes(slices[0].inputs[0])
+    if len(found) < len(slices) or len({span[0] for span, _ in found}) != 1 or shape is None:
+        return None
+    axis = found[0][0][0]
+    ends = [0, *(span[2] for span, _ in found)]
+    whole = [span[1] for span, _ in found] == ends[:-1] and ends[-1] == shape[axis]
+    return (axis, [node.outputs[0] for _, node in found]) if whole else None
 
 
 def _obstacle(ranges: list[tuple[int, int, int]], shape: list[int | None] | None) -> str | None:

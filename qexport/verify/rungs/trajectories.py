@@ -7,12 +7,12 @@ from onnxruntime import OrtValue
 from qexport.errors import UnsupportedError
 from qexport.family import Generator
 from qexport.runtime import Player
-from qexport.verify.limits import Limits, limits_for
+from qexport.verify.limits import Limits, limits_for, with_half_decoder
 from qexport.verify.operators import check_operators
 from qexport.verify.reference import Models
 from qexport.verify.rounding import Departures, half_limits_from, limits_from, measure_departures
 from qexport.verify.rungs.climb import PICTURES, Climb
-from qexport.verify.targets import compute_dtype
+from qexport.verify.targets import compute_dtype, has_half_decoder
 from qexport.verify.trajectory import TrajectoryResult, compare_trajectories
 from qexport.verify.trajectory_checks import UNROUNDED, trajectory_checks
 from qexport.verify.unrounded import unrounded_player
@@ -40,6 +40,8 @@ def check_trajectories(climb: Climb, models: Models | None) -> None:
         found = half_limits_from(departures, models.quantised, limits) if half else None
         limits = found or limits_from(departures, models.quantised)
     reference, divergence = models.quantised, limits.kl is not None
+    if has_half_decoder(climb.bundle, climb.target):
+        limits = with_half_decoder(limits)
     result = climb.attempt("trajectories", lambda: _compare(climb, reference, runtime.player, divergence))
     if result is None:
         return

@@ -92,5 +92,34 @@ def test_autoencoders_stay():
     refused(graph_of(text, c=normal(2, 2, 1, 1), w=normal(4, 8)), HalfPrecision(), "convolutional")
 
 
+def test_a_decoder_whose_range_is_known():
+    """Convolutions are anchors, shapes read what is there, and the scales of `Resize` stay float32."""
+    text = """g (float[B, 2, 4, 4] x) => (float[B, 2, 8, 8] y) {
+        s = Mul (x, x)
+        a = Conv (s, c)
+        n = Shape <start = -1> (a)
+        ones = ConstantOfShape <value = float[1] {1.0}> (n)
+        l = LayerNormalization (a, ones)
+        r = Resize <mode = "nearest"> (l, , scales)
+        b = Conv (r, c)
+        y = Exp (b)
+    }"""
+    model = graph_of(text, c=normal(2, 2, 1, 1) / 4, scales=np.array([1, 1, 2, 2], np.float32))
+    feeds = {"x": normal(3, 2, 4, 4)}
+    want = run(model, feeds)
+    rewrite = HalfPrecision(convolutional=True)
+    nodes, values = rewrite.values(model.graph)
+    assert [node.op_type for node in nodes] == ["Conv", "LayerNormalization", "Resize", "Conv"]
+    assert {str(value.name) for value in values} == {"s", "c", "a", "ones", "l", "r", "b"}
+    assert rewrite(model).modified
+    common.RemoveUnusedNodesPass()(model)
+    found = dtypes(model)
+    assert {found[name] for name in ("a", "l", "r", "b")} == {"FLOAT16"}
+    assert {found[name] for name in ("s", "y")} == {"FLOAT"}
+    assert [node.op_type for node in model.graph].count("Cast") == 2  # in and out
+    assert model.graph.initializers["scales"].dtype == ir.DataType.FLOAT
+    assert 0 < worst(run(model, feeds), want) <= 2 * HALF_LIMIT
+
+
 def test_a_graph_without_products_stays():
     refused(graph_of("g (float[B, 4] x) => (float[B, 4] y) { y = Exp (x) }"), HalfPrecision(), "")

@@ -24,12 +24,12 @@ DIT_BLOCK = {
     # Two products of the block's own and, for int4, the projection that the fused attention takes in fp16.
     "MatMul": 4, "Attention": 1, "com.microsoft.FastGelu": 1,
     "LayerNormalization": 2, "com.microsoft.SkipLayerNormalization": 0,
-    "Split": 2, "Mul": 2, "Add": 5, "Reshape": 0,
+    "Split": 1, "Mul": 2, "Add": 5, "Reshape": 0,
 }  # fmt: skip
 """x·W of qkv, proj, fc1, fc2; adds: three biases and two residuals; multiplications: two gates. The norms scale and
 shift, so that nothing of the modulation is left."""
 
-DIT_BLOCK_FP = {**DIT_BLOCK, "MatMul": 3, "Attention": 0, "com.microsoft.Attention": 1, "Split": 1, "Add": 4}
+DIT_BLOCK_FP = {**DIT_BLOCK, "MatMul": 3, "Attention": 0, "com.microsoft.Attention": 1, "Split": 0, "Add": 4}
 
 VAR_BLOCK = {**DIT_BLOCK, "RMSNormalization": 2, "Mul": 3, "Reshape": 4}
 """Cosine attention: two norms, the factor for each head, and reshapes, which move nothing."""
@@ -100,6 +100,12 @@ def check_norms_modulate(model: ir.Model, count: int) -> None:
         assert all(value is not None and not _from_parameters(value) for value in node.inputs), node.name
 
 
+def apart(model: ir.Model) -> int:
+    """Nodes that take the product of all modulations apart."""
+    names = [str(node.name) for node in model.graph if node.op_type in ("Split", "Slice")]
+    return len([name for name in names if "_more/" in name])
+
+
 def modulation_products(model: ir.Model) -> list[str]:
     return [str(node.name) for node in model.graph if node.op_type == "MatMul" and ".ada" in str(node.name)]
 
@@ -121,6 +127,7 @@ def test_small_models(bundle, graph, expected, quantised, dtype, request):
     check_weights(model, quantised)
     check_no_bias_before_a_fusable_operator(model)
     assert len([name for name in modulation_products(model) if "blocks" in name]) == 1
+    assert apart(model) == 1
 
 
 def test_the_portable_graph_would_not_pass(w4_bundle):
@@ -136,16 +143,25 @@ def test_the_portable_graph_would_not_pass(w4_bundle):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "bits", "expected", "depth"),
-    [("dit-xl-2-256", 4, DIT_BLOCK, 28), ("dit-xl-2-256", 16, DIT_BLOCK_FP, 28), ("var-d16", 4, VAR_BLOCK, 16)],
+    ("name", "bits", "expected", "depth", "splits"),
+    [
+        ("dit-xl-2-256", 4, DIT_BLOCK, 28, 1 + 6),  # 168 parts; those of the last layer are a product of their own
+        ("dit-xl-2-256", 16, DIT_BLOCK_FP, 28, 2 + (1 + 5) + 1),  # 170 parts: 5 times 32, and 10
+        ("var-d16", 4, VAR_BLOCK, 16, 1 + 3),  # 96 parts
+    ],
 )
-def test_published_size(tmp_path, name, bits, expected, depth):
+def test_published_size(tmp_path, name, bits, expected, depth, splits):
     model = lowered(published_shapes.write(name, bits, tmp_path), TARGET, "float16")
     for number in range(depth):
         check_block(model, number, expected)
     check_norms_modulate(model, 2 * depth + 1)
     check_weights(model, layers=1 + 4 * depth if bits == 4 else 0)
     check_no_bias_before_a_fusable_operator(model)
+    assert apart(model) == splits
+    if name.startswith("dit"):  # the coefficients of a step
+        assert [
+            node.op_type for node in model.graph if node.inputs[0] is not None and node.inputs[0].name == "row"
+        ] == ["Split"]
     joined = [found for found in modulation_products(model) if "_more" in found]
     assert len(joined) == 1
     if bits == 16:  # the last layer's modulation is stored alike, so it is in the same product
