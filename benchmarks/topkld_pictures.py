@@ -1,35 +1,34 @@
 """The same seeds at full precision, after post-training quantisation and after fine-tuning: one grid for each width.
 
-    python benchmarks/topkld_pictures.py --model var-c10-d4 --wbits 2 3 [--steps 400] [--variant split] [--device cuda]
+    python benchmarks/topkld_pictures.py --model var-c10-d4 --schemes ternary W2 W3 W4 [--steps 400]
+        [--variant split] [--device cuda]
 
-Writes docs/images/topkld-MODEL-wN.png. Rows: the full-precision model, what --start (GPTQ) makes of it, and the same
+Writes docs/images/topkld-MODEL-SCHEME.png. Rows: the full-precision model, what --start (GPTQ) makes of it, and this
 after --steps of fine-tuning (a denoiser: the control); under each name the figure on held-out samples of the teacher,
 KL in nats or the relative output error. Everything is drawn by torch twins, which a bundle must agree with to 1e-4 of a
-pixel's range (`qexport verify`), with the plan's own guidance. Training goes on from --work where it was cut off.
+pixel's range (`qexport verify`), with the plan's own guidance. Starts and samples are those of topkld_quality.py where
+it has left them in --work, and training goes on from there where it was cut off: the same settings, the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from topkld_bench import Bench, recipe_of
+from topkld_jobs import LOSSES, SCHEMES, Sweep, jobs_of
+from topkld_quality import settings_of
 
-from qexport.distill import LOSSES, Distillation, DistillSettings, distill
+from qexport.distill import distill
 from qexport.family import Generator
-from qexport.methods import parse_method
-from qexport.pipeline import load_generator
-from qexport.recipe import recipe_for
 from qexport.reference import torch_player
-from qexport.reference.device import choose_device, placed, to_device
+from qexport.reference.device import choose_device, to_device
 from qexport.reference.twin import quantised_twin
 from qexport.runtime.pixels import BACKGROUND, GAP_PIXELS, to_pixels
-from qexport.scheme import preset
-from qexport.solve import solve
 from qexport.training import Training, method_of
 from qexport.verify.trajectory import label_inputs
 
@@ -47,29 +46,37 @@ def strip(model: Generator, labels: np.ndarray, seed: int) -> np.ndarray:
     return np.concatenate([np.pad(image, edges, constant_values=BACKGROUND) for image in pixels], axis=1)
 
 
-def rows(plain: Generator, bits: int, options: argparse.Namespace) -> list[tuple[str, str, Generator]]:
+def rows(bench: Bench, scheme: str, options: argparse.Namespace) -> list[tuple[str, str, Generator]]:
     """(name, figure in words, model) of each row."""
-    method = parse_method(options.start)
-    recipe = recipe_for(preset(bits), plain.default_layers, f"w{bits}", method.algorithm, method.smooth)
-    folded = copy.deepcopy(plain)
-    solution = solve(folded, recipe)
-    settings = DistillSettings(
-        Distillation(options.variant), steps=options.steps, batch=options.batch, samples=options.samples,
-        evaluate_every=max(1, options.steps // 8),
-    )  # fmt: skip
-    trained = distill(folded, recipe, solution, settings, work=options.work / "pictures", device=options.device)
+    recipe = recipe_of(bench.plain, SCHEMES[scheme], options.start)
+    folded, solution, _ = bench.start(recipe)
+    asked = {"losses": (options.variant,), "seeds": (0,), "steps": options.steps, "batch": options.batch}
+    sweep = Sweep((bench.name,), (scheme,), samples=options.samples, start=options.start, baselines=False, **asked)
+    (job,) = jobs_of([sweep])
+    settings, data = settings_of(job), bench.samples(sweep, 0)
+    trained = distill(
+        folded, recipe, solution, settings, data=data, work=options.work / "pictures", device=options.device
+    )
     report = trained.report
     named = {"kl": "KL", "output_mse": "error"}[report["figure"]]
-    title = method_of(plain, Training(settings))
-    twins = (quantised_twin(plain, recipe, found).quantised for found in (solution, trained.solution))
-    before, after = twins
-    for twin in (before, after):
-        to_device(twin, options.device)
+    title = method_of(bench.plain, Training(settings))
+    before, after = (
+        to_device(quantised_twin(bench.plain, recipe, found).quantised, options.device)
+        for found in (solution, trained.solution)
+    )
     return [
-        ("fp32", "", placed(plain, options.device)),
+        ("fp32", "", bench.full),
         (options.start.upper(), f"{named} {report['start']:.3g}", before),
         (TITLES.get(title, title), f"{named} {report['best']:.3g}", after),
     ]
+
+
+def words(scheme: str) -> str:
+    """A scheme for people: ``2-bit weights in groups of 32``."""
+    base, _, size = scheme.partition(" g")
+    weights, _, inputs = base.removeprefix("W").partition("A")
+    named = "ternary" if base == "ternary" else f"{weights}-bit"
+    return f"{named} weights in groups of {size or 32}" + (f", {inputs}-bit inputs" if inputs else "")
 
 
 def draw(shown: Sequence[tuple[str, str, np.ndarray]], title: str) -> Image.Image:
@@ -91,8 +98,8 @@ def draw(shown: Sequence[tuple[str, str, np.ndarray]], title: str) -> Image.Imag
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="var-c10-d4")
-    parser.add_argument("--wbits", nargs="+", type=int, default=[2, 3])
-    parser.add_argument("--variant", default="split", choices=sorted(LOSSES))
+    parser.add_argument("--schemes", nargs="+", default=["W2", "W3"], choices=list(SCHEMES))
+    parser.add_argument("--variant", default="split", choices=LOSSES)
     parser.add_argument("--start", default="gptq")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
@@ -103,16 +110,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="to train and draw on")
     parser.add_argument("--work", type=Path, default=Path("qexport-out") / "topkld-work")
     parser.add_argument("--out", type=Path, default=IMAGES)
-    options = parser.parse_args()
+    options = parser.parse_args(namespace=argparse.Namespace(images=None))
     torch.set_num_threads(options.threads)
     choose_device(options.device, "--device")
-    plain = load_generator(options.model)
+    bench = Bench(options.model, options)
     labels = np.array(options.classes, np.int64)
     options.out.mkdir(parents=True, exist_ok=True)
-    for bits in options.wbits:
-        shown = [(name, text, strip(model, labels, options.seed)) for name, text, model in rows(plain, bits, options)]
-        path = options.out / f"topkld-{options.model}-w{bits}.png"
-        title = f"{options.model}, {bits}-bit weights in groups of 32, {options.steps} steps of {options.batch}"
+    for scheme in options.schemes:
+        shown = [(name, text, strip(model, labels, options.seed)) for name, text, model in rows(bench, scheme, options)]
+        path = options.out / f"topkld-{options.model}-{scheme.lower().replace(' ', '-')}.png"
+        title = f"{options.model}, {words(scheme)}, {options.steps} steps of {options.batch}"
         draw(shown, title).save(path, optimize=True)
         print(path, *(f"{name}: {text}" for name, text, _ in shown if text), flush=True)
 

@@ -1,10 +1,10 @@
-"""What is made of the lines of topkld_quality.jsonl beside the rows themselves: pairs against forward KL, and levels.
+"""What is made of the lines of topkld_quality.jsonl: pairs against forward KL, levels, and goals. Arithmetic only.
 
 Pairs: runs that differ in the loss alone have the same start, samples, batches and steps, so their figures are compared
-seed by seed: d = KL(loss) / KL(forward) − 1. The table gives the mean of d over seeds, its range, and the verdict of
-Student's two-sided interval at 95 % for the mean: "better" or "worse" where it lies on one side of 0, "not shown" where
-it covers 0 or where there are fewer than two seeds. No correction is made for many comparisons: of twenty losses that
-are no different, one is expected to be called so.
+seed by seed: d = KL(loss) / KL(forward) − 1 (agreements and cross-entropy: the difference). From the mean of d over
+seeds and Student's two-sided interval at 95 % follows a verdict: "better" or "worse" where it lies on one side of 0,
+"not shown" where it covers 0 or where there are fewer than two seeds. No correction is made for many comparisons: of
+twenty losses that are no different, one is expected to be called so.
 
 Levels: for one model, one group size and one method of post-training quantisation, log KL over bits (ternary is
 log₂ 3 = 1.58) is a falling curve; straight lines join its points. A trained model of k bits has the KL that the curve
@@ -23,13 +23,29 @@ from itertools import pairwise
 from typing import Any
 
 from scipy.stats import t as student_t
+from topkld_jobs import NO_LOSS, SCHEMES, VARIED
 
 CONFIDENCE = 0.95
-NO_LOSS = "none"
 FORWARD = "forward"
 NOT_SHOWN = "not shown"
 BITS = {"ternary": math.log2(3), "W2": 2.0, "W3": 3.0, "W4": 4.0}
 """Weight-only schemes that a curve goes through; the same with " g128" for groups of 128."""
+
+GOALS = (
+    ("var-c10-d2", "W2", 0.025),
+    ("var-c10-d4", "ternary", 0.15),
+    ("var-c10-d4", "W2", 0.05),
+    ("var-c10-d4", "W3", 0.02),
+)
+"""Model, scheme and the KL that was aimed at."""
+
+SETTING = ("model", "scheme", "start", "steps", "data", *VARIED)
+"""What runs that are compared have in common."""
+
+RELATIVE = ("kl", "kl_top900", "fd")
+MORE_IS_BETTER = ("top1_agreement", "top900_agreement")
+FD_IMAGES = 1000
+"""FD of another number of images has another bias; rows with one are left out of tables."""
 
 Row = Mapping[str, Any]
 
@@ -39,13 +55,35 @@ def figure_of(row: Row) -> float:
     return float(row["kl"] if "kl" in row else row["output_mse"])
 
 
-def paired(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """One entry for each (model, scheme, start, steps, data) and loss with its K: relative differences by seed."""
+def value_of(row: Row, name: str) -> float | None:
+    """A figure by name; FD of `FD_IMAGES` images only."""
+    value = row.get(name)
+    if name == "fd":
+        return float(value["value"]) if value is not None and value["n"] == FD_IMAGES else None
+    return None if value is None else float(value)
+
+
+def title_of(setting: Mapping[str, Any]) -> str:
+    """What a setting has beside model and scheme, in words."""
+    named = [f"{name} {setting[name]:g}" for name in VARIED if setting.get(name) is not None]
+    data = "" if setting["data"] == "teacher" else f"on {setting['data']}"
+    start = "" if setting["start"] == "gptq" else f"from {setting['start']}"
+    return ", ".join(part for part in (f"{setting['steps']} steps", data, start, *named) if part)
+
+
+def in_order(setting: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Sorts by model, scheme and the rest."""
+    return (setting["model"], list(SCHEMES).index(setting["scheme"]), setting.get("steps") or 0, title_of(setting))
+
+
+def paired(rows: Iterable[Row], figure: str = "kl") -> list[dict[str, Any]]:
+    """One entry for each `SETTING` and loss with its K: differences by seed, of `RELATIVE` figures relative ones."""
     found: dict[tuple[Any, ...], dict[tuple[str, Any], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row["loss"] != NO_LOSS and "kl" in row:
-            same = tuple(row.get(name) for name in ("model", "scheme", "start", "steps", "data"))
-            found[same][row["loss"], row.get("top_k")][row["seed"]] = figure_of(row)
+        value = value_of(row, figure)
+        if row["loss"] != NO_LOSS and "kl" in row and value is not None:
+            same = tuple(row.get(name) for name in SETTING)
+            found[same][row["loss"], row.get("top_k")][row["seed"]] = value
     entries = []
     for same, by_loss in found.items():
         forward = by_loss.get((FORWARD, None), {})
@@ -53,13 +91,18 @@ def paired(rows: Iterable[Row]) -> list[dict[str, Any]]:
             seeds = sorted(figures.keys() & forward.keys())
             if loss == FORWARD or not seeds:
                 continue
-            differences = [figures[seed] / forward[seed] - 1 for seed in seeds]
-            names = dict(zip(("model", "scheme", "start", "steps", "data"), same, strict=True))
-            entries.append({**names, "loss": loss, "top_k": top_k, "differences": differences, **verdict(differences)})
+            differences = [figures[seed] - forward[seed] for seed in seeds]
+            if figure in RELATIVE:
+                differences = [d / forward[seed] for d, seed in zip(differences, seeds, strict=True)]
+            names = dict(zip(SETTING, same, strict=True))
+            more = figure in MORE_IS_BETTER
+            entries.append(
+                {**names, "loss": loss, "top_k": top_k, "differences": differences, **verdict(differences, more)}
+            )
     return entries
 
 
-def verdict(differences: Sequence[float]) -> dict[str, Any]:
+def verdict(differences: Sequence[float], more_is_better: bool = False) -> dict[str, Any]:
     """Mean, half the width of the interval, and what it shows."""
     count = len(differences)
     mean = sum(differences) / count
@@ -69,7 +112,7 @@ def verdict(differences: Sequence[float]) -> dict[str, Any]:
     half = float(student_t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread / math.sqrt(count)
     if abs(mean) <= half:
         return {"mean": mean, "half": half, "verdict": NOT_SHOWN}
-    return {"mean": mean, "half": half, "verdict": "better" if mean < 0 else "worse"}
+    return {"mean": mean, "half": half, "verdict": "better" if (mean > 0) == more_is_better else "worse"}
 
 
 def curve(rows: Iterable[Row], model: str, method: str, suffix: str) -> list[tuple[float, float]]:
@@ -105,77 +148,29 @@ def levels(rows: Sequence[Row], methods: Sequence[str]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
         if row["loss"] != NO_LOSS and row["scheme"].split(" ")[0] in BITS:
-            names = ("model", "scheme", "start", "loss", "top_k", "steps", "data")
-            groups[tuple(row.get(name) for name in names)].append(row)
+            groups[tuple(row.get(name) for name in (*SETTING, "loss", "top_k"))].append(row)
     entries = []
-    for (model, scheme, start, loss, top_k, steps, data), members in groups.items():
-        base, _, size = scheme.partition(" ")
-        entry = {"model": model, "scheme": scheme, "start": start, "loss": loss, "top_k": top_k, "steps": steps}
+    for same, members in groups.items():
+        entry: dict[str, Any] = dict(zip((*SETTING, "loss", "top_k"), same, strict=True))
+        base, _, size = entry["scheme"].partition(" ")
         for method in methods:
-            points = curve(rows, model, method, f" {size}" if size else "")
+            points = curve(rows, entry["model"], method, f" {size}" if size else "")
             if len(points) < 2:
                 continue
             found = [bits_on(points, figure_of(row)) for row in members]
             gains = [bits - BITS[base] for bits, _ in found]
             marks = {mark for _, mark in found if mark}
             entry[method] = (sum(gains) / len(gains), min(gains), max(gains), "".join(sorted(marks)))
-        entries.append({**entry, "data": data, "seeds": len(members)})
+        entries.append({**entry, "seeds": len(members)})
     return entries
 
 
-def pairs_table(rows: Iterable[Row]) -> list[str]:
-    entries = sorted(paired(rows), key=lambda e: (e["model"], e["scheme"], str(e["data"]), e["loss"], e["top_k"] or 0))
-    if not entries:
-        return []
-    lines = [
-        "## Against forward KL, in pairs",
-        "",
-        "Relative difference of KL, run by run with the same seed; negative is better than `forward`. ± is Student's",
-        f"interval at {CONFIDENCE:.0%}; where it covers 0 a difference is not shown.",
-        "",
-        "| model | scheme | data | loss | K | seeds | mean | range | ± | verdict |",
-        "|" + "---|" * 10,
-    ]
-    for entry in entries:
-        values = entry["differences"]
-        half = "" if entry["half"] is None else f"{entry['half']:.1%}"
-        cells = (
-            entry["model"], entry["scheme"], entry["data"] or "", entry["loss"], entry["top_k"] or "", len(values),
-            f"{entry['mean']:+.1%}", f"{min(values):+.1%} … {max(values):+.1%}", half, entry["verdict"],
-        )  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "How often, over all settings above:", ""]
-    kinds = sorted({(entry["loss"], entry["top_k"] or 0) for entry in entries})
-    for loss, top_k in kinds:
-        mine = [entry["verdict"] for entry in entries if (entry["loss"], entry["top_k"] or 0) == (loss, top_k)]
-        name = f"`{loss}`" + (f", K {top_k}" if top_k else "")
-        counts = ", ".join(f"{mine.count(kind)} {kind}" for kind in ("better", "worse", NOT_SHOWN))
-        lines.append(f"- {name}: {counts}")
-    return [*lines, ""]
-
-
-def levels_table(rows: Sequence[Row], methods: Sequence[str] = ("rtn", "mse", "gptq")) -> list[str]:
-    entries = sorted(levels(rows, methods), key=lambda e: (e["model"], e["scheme"], e["loss"], e["top_k"] or 0))
-    if not entries:
-        return []
-    lines = [
-        "## Levels",
-        "",
-        "How many bits more the untrained curve of each method needs for the same figure: mean (range) over seeds, by",
-        "straight lines in log KL over bits. ≥: beyond the curve's last point.",
-        "",
-        "| model | scheme | start | loss | K | seeds | " + " | ".join(f"against {name}" for name in methods) + " |",
-        "|" + "---|" * (6 + len(methods)),
-    ]
-    for entry in entries:
-        gains = []
-        for method in methods:
-            if method not in entry:
-                gains.append("")
-                continue
-            mean, low, high, mark = entry[method]
-            spread = f" ({low:+.2f} … {high:+.2f})" if low < high else ""
-            gains.append(f"{mark + ' ' if mark else ''}{mean:+.2f}{spread}")
-        cells = (entry["model"], entry["scheme"], entry["start"], entry["loss"], entry["top_k"] or "", entry["seeds"])
-        lines.append("| " + " | ".join(map(str, (*cells, *gains))) + " |")
-    return [*lines, ""]
+def goals(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Each goal with the best row of its model and scheme, whatever its settings; without one, ``row`` is None."""
+    entries = []
+    for model, scheme, limit in GOALS:
+        mine = [row for row in rows if (row["model"], row["scheme"]) == (model, scheme) and row["loss"] != NO_LOSS]
+        best = min(mine, key=figure_of, default=None)
+        met = best is not None and figure_of(best) <= limit
+        entries.append({"model": model, "scheme": scheme, "limit": limit, "row": best, "met": met})
+    return entries
