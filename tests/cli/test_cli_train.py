@@ -279,6 +279,8 @@ def test_an_autoregressive_model_is_trained_and_exported(small, tmp_path) -> Non
     assert told["best"] < 0.99 * told["start"]
     bundle = tmp_path / "qexport-out" / "llamagen-tiny-w2a16-mse-topkld"
     assert {row["algorithm"] for row in Bundle.open(bundle).manifest.layers} == {"mse+topkld", None}
+    outcome = small("verify", str(bundle), "--samples", "4", "--json")
+    assert outcome.code == 0, outcome.err
 
 
 def test_a_model_whose_blocks_cannot_be_computed_again_is_one_line(small, tmp_path) -> None:
