@@ -28,7 +28,6 @@ def torch_part(tell: Tell, subject: Subject, device: str, compiled: bool, runs: 
         if subject.forward in (None, spec.name):
             spec.module.to(device)
         if compiled:
-            torch._dynamo.config.capture_scalar_outputs = True
             torch._dynamo.config.recompile_limit = 64
             spec.module.compile(mode="reduce-overhead" if half else "default")
 
