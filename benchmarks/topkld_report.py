@@ -84,6 +84,11 @@ def usual(row: Mapping[str, Any]) -> bool:
     return all(row.get(name) is None for name in VARIED)
 
 
+def usual_rates(row: Mapping[str, Any]) -> bool:
+    """Whether `RATES` are; samples and batch may be others, which the title says."""
+    return all(row.get(name) is None for name in RATES)
+
+
 def at_head(entry: Mapping[str, Any]) -> bool:
     """Not one of a sweep of K."""
     return entry["top_k"] in (None, HEAD)
@@ -96,10 +101,11 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     for kind, entries in sorted(by_figure["kl"].items(), key=lambda item: kind_order(item[0])):
         words = [entry["verdict"] for entry in entries]
         over = verdict([entry["mean"] for entry in entries])
+        pairs = [difference for entry in entries for difference in entry["differences"]]
         counts.append(
             (
                 name_of(*kind), len(entries), *(words.count(word) for word in ("better", "worse", NOT_SHOWN)),
-                mean_of(over), over["verdict"],
+                shown(over), f"{shown(verdict(pairs))} ({len(pairs)})",
             )
         )  # fmt: skip
         cells = []
@@ -115,8 +121,9 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         "Pairs of runs with one start, seed, data and number of steps; KL relative to `forward`'s, negative is better. "
         f"A setting is one model at one scheme; its verdict is by Student's interval at {CONFIDENCE:.0%} over seeds, "
         "and of twenty that are no different one is expected to be called so. Over all settings: the mean of the "
-        "settings' means ± the interval over settings.",
-        ("loss", "settings", "better", "worse", NOT_SHOWN, "over all settings", "verdict"),
+        "settings' means ± the interval over settings. Over all pairs: each as if it were its own, although those of "
+        "one seed share their samples. What only one of the two shows is doubtful.",
+        ("loss", "settings", "better", "worse", NOT_SHOWN, "over all settings", "over all pairs (how many)"),
         counts,
     )  # fmt: skip
     lines += section(
@@ -138,7 +145,7 @@ def _by_kind(entries: Iterable[Entry]) -> dict[tuple[str, int | None], list[Entr
 
 def by_scheme(rows: Sequence[Row]) -> list[str]:
     """Losses side by side, over the models of each scheme: the differences of all seeds of all models together."""
-    entries = [entry for entry in paired(rows) if at_head(entry) and usual(entry)]
+    entries = [entry for entry in paired(rows) if at_head(entry) and usual_rates(entry)]
     kinds = sorted({(entry["loss"], entry["top_k"]) for entry in entries}, key=kind_order)
     groups: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -189,7 +196,7 @@ def side_by_side(rows: Sequence[Row], figure: Found, losses: Sequence[tuple[str,
             continue
         if row["loss"] == NO_LOSS:
             base[row["model"], row["scheme"], row["start"]] = value
-        elif usual(row):
+        elif usual_rates(row):
             loss = FORWARD if row["loss"] == CONTROL else row["loss"]
             groups[tuple(row.get(name) for name in SETTING)][loss, row.get("top_k")].append(value)
     for model, scheme, _ in base:  # untrained ones have a line too
@@ -220,7 +227,18 @@ def against_baselines(rows: Sequence[Row]) -> list[str]:
     lines = section(
         "KL, post-training methods and fine-tuning",
         "Test images; mean ± standard deviation over seeds.",
-        *side_by_side(tokens, figure_of, every, 4),
+        *side_by_side(tokens, figure_of, every, 5),
+    )
+    full = {row["model"]: row["cross_entropy_fp"] for row in tokens if "cross_entropy_fp" in row}
+    lines += section(
+        "Cross-entropy of the test images, nats",
+        "Full precision: " + ", ".join(f"{model} {full[model]:.4f}" for model in sorted(full)) + ".",
+        *side_by_side(tokens, lambda row: value_of(row, "cross_entropy"), every, 4),
+    )
+    lines += section(
+        "Top-1 agreement with full precision",
+        "Share of the positions of the test images.",
+        *side_by_side(tokens, lambda row: value_of(row, "top1_agreement"), every, 3),
     )
     head, body = side_by_side(control, figure_of, [(FORWARD, None)], 5)
     lines += section(
@@ -243,7 +261,7 @@ def levels_of(rows: Sequence[Row]) -> list[str]:
     """How far curves move: one line for each model, size of groups and loss."""
     groups: dict[tuple[Any, ...], dict[str, Entry]] = defaultdict(dict)
     for entry in sorted(levels(rows, METHODS), key=in_order):
-        if any(entry.get(name) is not None for name in RATES):
+        if not usual_rates(entry):
             continue
         kept = entry["loss"] in (FORWARD, CONTROL) or (entry["loss"] in TOPK_LOSSES and entry["top_k"] == HEAD)
         base, _, size = entry["scheme"].partition(" ")
@@ -257,7 +275,7 @@ def levels_of(rows: Sequence[Row]) -> list[str]:
         "Levels",
         f"How many bits more the untrained curves of {', '.join(method.upper() for method in METHODS)}, in this order, "
         "need for the same figure: mean over seeds, by straight lines in log KL (denoisers: output error) over bits. "
-        "≥: beyond the curve's last point; –: no curve.",
+        "≥: beyond the curve's last point; –: no curve, or none beyond these bits.",
         ("model", "group", "trained", "loss", *BITS),
         body,
     )
@@ -265,7 +283,13 @@ def levels_of(rows: Sequence[Row]) -> list[str]:
 
 def _gains(entry: Entry) -> str:
     found = [entry.get(method) for method in METHODS]
-    return " / ".join("–" if gain is None else f"{gain[3] + ' ' if gain[3] else ''}{gain[0]:+.2f}" for gain in found)
+    return " / ".join("–" if gain is None else _gain(gain[0], gain[3]) for gain in found)
+
+
+def _gain(mean: float, mark: str) -> str:
+    if mark == "≥" and mean <= 0:
+        return "–"  # "at least none" says nothing
+    return f"{mark + ' ' if mark else ''}{mean:+.2f}"
 
 
 def goals_of(rows: Sequence[Row]) -> list[str]:
@@ -297,14 +321,15 @@ def rates_of(rows: Sequence[Row]) -> list[str]:
     body = [
         (
             row["model"], row["scheme"], name_of(row["loss"], row.get("top_k")), row["steps"], row["data"],
-            *(f"{row['settings'][name]:g}" for name in used), row["seed"], f"{figure_of(row):.4f}",
+            *(f"{row['settings'][name]:g}" for name in used), row["seed"], row.get("device", "cpu"),
+            f"{figure_of(row):.4f}",
         )
         for row in sorted(mine, key=lambda row: (in_order(row)[:2], row["loss"], row["steps"], figure_of(row)))
     ]  # fmt: skip
     return section(
         "Settings of training",
         "Best first. Rates are relative (`docs/topkld.md`).",
-        ("model", "scheme", "loss", "steps", "data", *used, "seed", "KL or output error"),
+        ("model", "scheme", "loss", "steps", "data", *used, "seed", "device", "KL or output error"),
         body,
     )
 

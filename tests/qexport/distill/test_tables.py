@@ -63,6 +63,11 @@ def test_levels_by_hand() -> None:
     assert untrained["gptq"][0] == pytest.approx(0.0)
 
 
+def test_at_least_no_level_is_not_told() -> None:
+    (line,) = [line for line in report.levels_of([*CURVE, row("W4", "forward", 0.001, 0)]) if line.startswith("| m |")]
+    assert line.endswith("|  |  |  | – / – / – |")
+
+
 def test_points_that_do_not_fall_are_left_out() -> None:
     rows = [row("ternary", "none", 0.9), row("W2", "none", 1.1), row("W4", "none", 0.1), row("W3", "none", 0.1)]
     assert [bits for bits, _ in tables.curve(rows, "m", "gptq", "")] == [2.0, 4.0]
@@ -129,15 +134,24 @@ def test_all_settings_count_once_each() -> None:
     rows = [row(scheme, "forward", 1.0, seed) for scheme in ("W2", "W3") for seed in range(3)]
     rows += [row("W2", "js", 0.9, seed) for seed in range(3)] + [row("W3", "js", 0.8, seed) for seed in range(3)]
     half = float(stats.t.ppf(0.975, 1)) * 0.1 / math.sqrt(2) / math.sqrt(2) * 100
+    pooled = (
+        float(stats.t.ppf(0.975, 5)) * math.sqrt(6 * 0.05**2 / 5) / math.sqrt(6) * 100
+    )  # all six, 5 points from -15
     text = "\n".join(report.verdicts(rows))
-    assert f"| `js` | 2 | 2 | 0 | 0 | -15.0 ± {half:.1f} % | not shown |" in text
+    assert f"| `js` | 2 | 2 | 0 | 0 | -15.0 ± {half:.1f} % | -15.0 ± {pooled:.1f} % **better** (6) |" in text
+
+
+def test_other_samples_have_a_line_other_rates_have_not() -> None:
+    rows = [row("W3", "forward", 0.02, 0, samples=8192), row("W3", "forward", 0.03, 0, lr=0.02)]
+    _, body = report.side_by_side(rows, tables.figure_of, [("forward", None)], 4)
+    assert body == [("m", "W3", "200 steps, samples 8192", "", "", "", "0.0200")]
 
 
 def test_report_of_everything_and_csv() -> None:
     rows = [one | {"wall_s": 0.1} for one in CURVE] + [row("W2", "forward", 0.2, seed) for seed in range(3)]
     rows[0]["fd"] = {"value": 3.0, "n": 1000, "ci95": [2.9, 3.1]}
     text = report.report(rows)
-    assert "| m | W2 | 200 steps |  |  | 0.5000 | 0.2000 ± 0.0000 |" in text
+    assert "| m | W2 | 200 steps |  |  | 0.50000 | 0.20000 ± 0.00000 |" in text
     assert "| m | ternary |  |  |  | 3.00 |" in text  # FD of an untrained one
     lines = report.as_csv(rows).splitlines()
     assert len(lines) == 1 + len(rows)
