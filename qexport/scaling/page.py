@@ -68,7 +68,10 @@ def _findings(found: Sequence[Finding]) -> str:
 
 def _plots(plots: Mapping[str, str]) -> str:
     figures = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in plots.items())
-    note = "Lower is better. Bars are 95 % intervals; dashes are floating-point formats."
+    note = (
+        "Lower is better. Bars are 95 % intervals, those of losses without what all runs share by being judged on the "
+        "same images; dashes are floating-point formats."
+    )
     return f'<section><h2>Plots</h2><p class="sub">{note}</p><div class="plots">{figures}</div></section>'
 
 

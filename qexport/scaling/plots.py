@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from qexport.scaling.bars import level_bars, own_bars
 from qexport.scaling.curves import AXES, TOTAL, Cell, Curve
-from qexport.scaling.figures import interval, label_of
+from qexport.scaling.figures import label_of
 from qexport.scaling.grid import FULL, FULL_BITS
 from qexport.scaling.law import MERITS, Levels, SeriesLaw
 from qexport.verify.plots import COLOURS, GRID, INK, STYLE
@@ -22,6 +23,11 @@ from qexport.verify.plots import COLOURS, GRID, INK, STYLE
 PNG_DPI = 300
 _WIDTH_INCHES, _HEIGHT_INCHES = 6.4, 4.2
 _INCHES_A_BAR = 0.27
+_INCHES_APART = 1.0
+_LOGARITHMIC_FROM = 5
+"""Quotient of largest and smallest from which an axis is logarithmic."""
+_FAR = 0.25
+"""Curves are apart that begin this share of the others' range above it."""
 MOST_NAMED = 8
 """Curves that a legend names one by one."""
 
@@ -67,36 +73,56 @@ def png_of(figure: Figure) -> bytes:
 def curve_plot(curves: Sequence[Curve], series: str, figure: str, axis: str) -> Figure:
     """Quality against bits: a colour for each width, a marker for each method, dashes for floating point.
 
-    Bars are 95 % intervals. Where a figure is relative to full precision, that curve is zero and left out.
+    Bars are 95 % intervals, of losses without what all runs share (`qexport.scaling.bars`). Curves that lie far above
+    all others have a panel of their own over a broken axis. Where a figure is relative to full precision, that curve
+    is zero and left out.
     """
     if figure in MERITS:
         curves = [curve for curve in curves if curve.cell.number_format != FULL] or curves
+    values = np.concatenate([curve.y for curve in curves])
+    logarithmic = bool((values > 0).all() and values.max() > _LOGARITHMIC_FROM * values.min())
+    bars = level_bars(curves) if figure in MERITS else own_bars(curves)
+    apart = [] if logarithmic else _apart(curves)
     with rc_context(STYLE):
-        drawn, axes = _figure(_HEIGHT_INCHES)
-        methods = dict.fromkeys(curve.cell.method for curve in curves)
+        drawn, panels = _panels(apart, [curve for curve in curves if curve not in apart])
+        methods = list(dict.fromkeys(curve.cell.method for curve in curves))
         order = sorted(curves, key=lambda c: (-c.bits, c.cell.number_format, c.cell.method))
-        for curve in order:
-            low, high = np.array([interval(column) for column in curve.samples.T]).T
-            axes.errorbar(
-                2**curve.x, curve.y, yerr=np.maximum(np.stack([curve.y - low, high - curve.y]), 0),
-                color=_COLOUR_OF_BITS.get(curve.bits, INK), marker=_marker(curve.cell, list(methods)), markersize=4.5,
-                linewidth=1.4, elinewidth=0.9, capsize=2, label=str(curve.cell),
-                linestyle=_line(curve.cell),
-            )  # fmt: skip
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"2$^{{{np.log2(value):.3g}}}$"))
-        _widen(axes, curves)
-        values = np.concatenate([curve.y for curve in curves])
-        if (values > 0).all() and values.max() > 5 * values.min():
-            axes.set_yscale("log")
-        axes.set_xlabel(AXES[axis])
-        axes.set_ylabel(label_of(figure))
-        axes.set_title(series, loc="left", color=INK, fontsize=10)
-        handles = _keys(order, list(methods)) if len(order) > MOST_NAMED else None
-        axes.legend(
-            handles=handles, frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), labelcolor=INK
-        )
+        many = len(order) > MOST_NAMED
+        for axes, shown in panels:
+            for curve in (curve for curve in order if curve in shown):
+                axes.errorbar(
+                    2**curve.x, curve.y, yerr=bars[curve],
+                    color=_COLOUR_OF_BITS.get(curve.bits, INK), marker=_marker(curve.cell, methods),
+                    markersize=3.6 if many else 4.5, linewidth=1.0 if many else 1.4, elinewidth=0.8, capsize=1.5,
+                    label=str(curve.cell), linestyle=_line(curve.cell),
+                )  # fmt: skip
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"2$^{{{np.log2(value):.3g}}}$"))
+            _widen(axes, curves)
+            if logarithmic:
+                axes.set_yscale("log")
+        top, bottom = panels[0][0], panels[-1][0]
+        bottom.set_xlabel(AXES[axis])
+        bottom.set_ylabel(label_of(figure))
+        top.set_title(series, loc="left", color=INK, fontsize=10)
+        if top is not bottom:
+            _break(top, bottom)
+        named = [handle for axes, _ in panels for handle in axes.get_legend_handles_labels()[0]]
+        bottom.legend(
+            handles=_keys(order, methods) if many else named,
+            frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), labelcolor=INK,
+        )  # fmt: skip
     return drawn
+
+
+def _apart(curves: Sequence[Curve]) -> Sequence[Curve]:
+    """The few curves that lie far above all others, if there are such."""
+    rising = sorted(curves, key=lambda curve: curve.y.min())
+    for count in range(1, len(rising) // 4 + 1):
+        others = np.concatenate([curve.y for curve in rising[:-count]])
+        if rising[-count].y.min() - others.max() > _FAR * np.ptp(others):
+            return rising[-count:]
+    return []
 
 
 def _keys(curves: Sequence[Curve], methods: Sequence[str]) -> list[Line2D]:
@@ -141,12 +167,39 @@ def levels_plot(items: Sequence[Levels], figure: str) -> Figure:
 def _figure(height: float) -> tuple[Figure, Axes]:
     drawn = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
     axes = drawn.add_subplot()
+    _plain(axes)
+    return drawn, axes
+
+
+def _panels(apart: Sequence[Curve], rest: Sequence[Curve]) -> tuple[Figure, list[tuple[Axes, Sequence[Curve]]]]:
+    """A panel for the rest, and a small one over it for what is apart, if anything is."""
+    if not apart:
+        drawn, axes = _figure(_HEIGHT_INCHES)
+        return drawn, [(axes, rest)]
+    drawn = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES + _INCHES_APART), layout="constrained")
+    top, bottom = drawn.subplots(2, 1, sharex=True, height_ratios=[_INCHES_APART, _HEIGHT_INCHES])
+    for axes in (top, bottom):
+        _plain(axes)
+    return drawn, [(top, apart), (bottom, rest)]
+
+
+def _plain(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, which="both")
-    return drawn, axes
+
+
+def _break(top: Axes, bottom: Axes) -> None:
+    """Slashes where the vertical axis is broken."""
+    top.spines["bottom"].set_visible(False)
+    top.tick_params(labelbottom=False)
+    for axes, place in ((top, 0.0), (bottom, 1.0)):
+        axes.plot(
+            [0], [place], transform=axes.transAxes, marker=[(-1, -0.6), (1, 0.6)], markersize=6, linestyle="",
+            color=INK, clip_on=False,
+        )  # fmt: skip
 
 
 def _widen(axes: Axes, curves: Sequence[Curve]) -> None:
