@@ -28,8 +28,9 @@ demo: $(STAMP)  ## Quantise a small VAR to 4 bits, verify the bundle, draw pictu
 	$(BIN)/qexport generate $(BUNDLE) --classes 0,1,2,3,4,5,6,7,8,9 --n 20 --out $(PICTURES)
 	@echo "Look at $(PICTURES)"
 
+# Two processes of one thread each: threads of several share cores badly. A file's tests stay together.
 test: $(STAMP)  ## Run the tests.
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)  ## Check style, types and the order of the floors.
 	@$(BIN)/ruff check .
