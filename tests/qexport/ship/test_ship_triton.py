@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import toy_bundle
 from google.protobuf import descriptor_pool, message_factory, text_format
 
+from qexport.bundle import Bundle
 from qexport.errors import InputError
 from qexport.runtime import load
 from qexport.ship.pbtxt import Word, dumps, entries
@@ -40,6 +42,14 @@ def config(folder):
 
 def type_name(message, field, value):
     return message.DESCRIPTOR.fields_by_name[field].enum_type.values_by_number[value].name
+
+
+@pytest.fixture(scope="module")
+def w4_bundle(w4_bundle, tmp_path_factory):
+    """A copy: a repository links to the weights, and onnx refuses a file of several names for the tests that follow."""
+    path = tmp_path_factory.mktemp("own") / w4_bundle.path.name
+    shutil.copytree(w4_bundle.path, path)
+    return Bundle.open(path)
 
 
 @pytest.fixture(scope="module")
