@@ -67,7 +67,9 @@ RESULTS = Path(__file__).parent / "results"
 MODELS = tuple(f"{family}-c10-d{depth}" for family in ("var", "dit") for depth in (2, 3, 4))
 EVERY = {"var": 20, "dit": 40}
 TRAJECTORIES = 20
-BATCH = 50
+BATCH = 12
+"""Images sampled at once on a CPU: noise and draws are by image, and activations of 12 stay in the cache."""
+
 FD_BATCH = {"var": 100, "dit": 500}
 """Images sampled at once on a GPU: the logits of 100 at VAR's last scale take 210 MB, several times over."""
 
