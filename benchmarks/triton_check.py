@@ -100,7 +100,7 @@ def main() -> None:
     carried = packages / "pytriton" / "tritonserver"
     with tempfile.TemporaryDirectory(prefix="qexport-triton-") as name:
         folder = Path(name)
-        made = write_repository(bundle, folder / "repository", name="it", schedule=options.schedule, link=False)
+        made = write_repository(bundle, folder / "repository", name="it", schedule=options.schedule)
         for graph in made.models[1:]:
             model = made.path / graph
             (model / "1" / "model.py").write_text(STAND_IN)

@@ -30,7 +30,6 @@ def ship(
         str | None, typer.Option(metavar="NAME", help="triton: name of the model; the bundle's else.")
     ] = None,
     max_batch: Annotated[int, typer.Option(metavar="N", min=2, help="triton: most images in a batch.")] = 8,
-    copy: Annotated[bool, typer.Option("--copy", help="triton: copy the weights instead of linking them.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="onnx: replace the file if it is there.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -48,9 +47,7 @@ def ship(
         opened = Bundle.open(bundle)
         report("check", 1, 1)
         facts = (
-            _onnx(opened, out, schedule, overwrite)
-            if to == "onnx"
-            else _triton(opened, out, schedule, name, max_batch, link=not copy)
+            _onnx(opened, out, schedule, overwrite) if to == "onnx" else _triton(opened, out, schedule, name, max_batch)
         )
     if json:
         print_json({"out": str(out), "to": to, "bundle": str(bundle), **facts})
@@ -75,10 +72,8 @@ def _onnx(bundle: Bundle, out: Path, schedule: str | None, overwrite: bool) -> d
     }
 
 
-def _triton(
-    bundle: Bundle, out: Path, schedule: str | None, name: str | None, max_batch: int, link: bool
-) -> dict[str, Any]:
+def _triton(bundle: Bundle, out: Path, schedule: str | None, name: str | None, max_batch: int) -> dict[str, Any]:
     from qexport.ship.triton import write_repository
 
-    made = write_repository(bundle, out, name=name, schedule=schedule, max_batch=max_batch, link=link)
-    return {"models": list(made.models), "weights": made.weights, "size_bytes": made.size_bytes}
+    made = write_repository(bundle, out, name=name, schedule=schedule, max_batch=max_batch)
+    return {"models": list(made.models), "size_bytes": made.size_bytes}

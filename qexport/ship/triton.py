@@ -6,8 +6,9 @@ REPOSITORY/NAME_<graph>/   one for each graph: ONNX Runtime backend
 REPOSITORY/README.md
 ```
 
-Every model folder needs the weights at its side, since external data is looked for there. They are hard links to the
-bundle's one file where the file system allows it, and links to one copy elsewhere.
+Every model folder needs the weights at its side, since external data is looked for there: one copy with hard links to
+it where the file system allows them, copies elsewhere. The bundle's own file gets no second name: onnx (1.23) refuses
+external data that has one, and then the bundle could be served but no longer lowered.
 """
 
 from __future__ import annotations
@@ -53,11 +54,10 @@ WARM_UP_ITERATIONS = 2
 
 @dataclass(frozen=True)
 class Repository:
-    """What was written; `weights` is ``"linked"`` or ``"copied"``."""
+    """What was written: the names of the models, and the bytes of all files, those of several names once."""
 
     path: Path
     models: tuple[str, ...]
-    weights: str
     size_bytes: int
 
 
@@ -68,7 +68,6 @@ def write_repository(
     name: str | None = None,
     schedule: str | None = None,
     max_batch: int = 8,
-    link: bool = True,
 ) -> Repository:
     """Write a model repository into the new folder `out`; all or nothing.
 
@@ -78,7 +77,6 @@ def write_repository(
         name: of the model; the bundle's folder's if left out.
         schedule: of a diffusion model, in place of the default; Triton's players know one.
         max_batch: most images in a batch.
-        link: share the bundle's weight file by hard links; else copy it once.
 
     Raises:
         InputError: `out` is taken or cannot be written, or the plan cannot be served this way.
@@ -93,7 +91,7 @@ def write_repository(
     graphs = {graph: f"{model}_{graph}" for graph in plan.graphs}
     try:
         with new_folder(path) as folder:
-            weights = _Weights(bundle.path / WEIGHTS, link)
+            weights = _Weights(bundle.path / WEIGHTS)
             sessions = _sessions(bundle)
             feeds = _feeds(plan, sessions, bundle.tables())
             ports: dict[str, list[PortInfo]] = {}
@@ -112,32 +110,30 @@ def write_repository(
                 weights.place(version / WEIGHTS)
             player = files("qexport.ship").joinpath(PLAYER).read_text(encoding="utf-8")
             (version / "model.py").write_text(player, encoding="utf-8")
-            how = "linked" if weights.linked else "copied"
-            readme = _readme(bundle, plan, model, graphs, how)
+            readme = _readme(bundle, plan, model, graphs)
             (folder / "README.md").write_text(readme, encoding="utf-8")
     except OSError as error:
         raise explain_os_error(error, path) or error from error
     inodes = {(s.st_dev, s.st_ino): s.st_size for s in (f.stat() for f in path.rglob("*") if f.is_file())}
-    return Repository(path, (model, *graphs.values()), how, sum(inodes.values()))
+    return Repository(path, (model, *graphs.values()), sum(inodes.values()))
 
 
 class _Weights:
-    """One file in several places: links to it if possible, else links to one copy, else copies."""
+    """One file in several places: a copy, and links to it where they are possible."""
 
-    def __init__(self, source: Path, link: bool) -> None:
+    def __init__(self, source: Path) -> None:
         self._source = source
-        self._link = link
-        self.linked = link
+        self._copy: Path | None = None
 
     def place(self, target: Path) -> None:
-        if self._link:
+        if self._copy is not None:
             try:
-                os.link(self._source, target)
+                os.link(self._copy, target)
                 return
-            except OSError:  # another file system, or one without links
+            except OSError:  # a file system without links
                 pass
         shutil.copyfile(self._source, target)
-        self._source, self._link, self.linked = target, True, False
+        self._copy = target
 
 
 def _sessions(bundle: Bundle) -> dict[str, onnxruntime.InferenceSession]:
@@ -231,17 +227,11 @@ def _plan_json(bundle: Bundle, plan: Plan, graphs: Mapping[str, str], ports: Map
     return json.dumps(data, indent=1) + "\n"
 
 
-def _readme(bundle: Bundle, plan: Plan, model: str, graphs: Mapping[str, str], how: str) -> str:
+def _readme(bundle: Bundle, plan: Plan, model: str, graphs: Mapping[str, str]) -> str:
     template = files("qexport.ship").joinpath("triton_readme.md").read_text(encoding="utf-8")
     settings = "\n".join(
         f"| `{spec.name}` | {spec.dtype} | {'required' if spec.default is None else spec.default} | {spec.doc} |"
         for spec in plan.inputs
-    )
-    shared = (
-        "They are hard links to the bundle's own file: they take no space, and whoever alters one alters all. Copy the "
-        "repository to another file system to part them."
-        if how == "linked"
-        else "They are links to one copy."
     )
     label = label_input(plan)
     return template.format(
@@ -254,5 +244,4 @@ def _readme(bundle: Bundle, plan: Plan, model: str, graphs: Mapping[str, str], h
         schedule=f" Its sampler is {plan.schedule}." if plan.schedule else "",
         label=label.name if label else "label",
         output=plan.output,
-        shared=shared,
     )

@@ -20,12 +20,11 @@ def test_one_file(run, toy, tmp_path):
 
 def test_a_repository(run, toy, tmp_path):
     out = tmp_path / "repository"
-    outcome = run("ship", toy, out, "--to", "triton", "--name", "it", "--copy", "--json")
+    outcome = run("ship", toy, out, "--to", "triton", "--name", "it", "--json")
     facts = json.loads(outcome.out)
     assert facts["models"] == ["it", "it_step", "it_drift", "it_decode"]
-    assert facts["weights"] == "copied"
     assert {path.name for path in out.iterdir()} == {*facts["models"], "README.md"}
-    assert "linked" in run("ship", toy, tmp_path / "second", "--to", "triton").out
+    assert "bundle_drift" in run("ship", toy, tmp_path / "second", "--to", "triton").out
 
 
 @pytest.mark.parametrize(
