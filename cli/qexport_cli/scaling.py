@@ -12,7 +12,7 @@ from qexport.errors import InputError
 from qexport_cli.options import JsonOption, check_pair
 from qexport_cli.progress import work
 from qexport_cli.render import print_json, print_line, print_note
-from qexport_cli.scaling_choice import choose, parse_size
+from qexport_cli.scaling_choice import choose, parse_checkpoints, parse_size
 from qexport_cli.scaling_tables import show_plan, show_recommendation, show_result
 
 if TYPE_CHECKING:
@@ -79,13 +79,16 @@ def scaling(
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the findings as Markdown.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure models of many sizes at many bits, and say which size at how many bits is best."""
+    """Say which size of model at how many bits is best.
+
+    Measures models of many sizes at many bits; what was measured lies in a store, and is not measured again.
+    """
     folder = out or DEFAULT_OUT
     path = store or folder / STORE
     if jobs < 1:
         raise InputError(f"--jobs {jobs}: at least 1 process is needed")
     if budget is not None:
-        _recommend(path, parse_size(budget), json)
+        _recommend(path, parse_size(budget), checkpoint or [], json)
         return
     if from_store:
         _write(path, folder, report, None, None, json)
@@ -171,14 +174,14 @@ def _write(
         print_line(f"wrote {file}")
 
 
-def _recommend(path: Path, size_bytes: int, json: bool) -> None:
+def _recommend(path: Path, size_bytes: int, checkpoint: list[str], json: bool) -> None:
     from qexport.scaling.recommend import recommend
     from qexport.scaling.select import select
     from qexport.scaling.store import Store
 
     with Store(path, create=False) as store:
         selection = select(store.rows())
-    found = recommend(selection, size_bytes)
+    found = recommend(selection, size_bytes, parse_checkpoints(checkpoint))
     if json:
         print_json({"budget_bytes": size_bytes, "answers": [answer.to_json() for answer in found]})
         return

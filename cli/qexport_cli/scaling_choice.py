@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,9 +66,7 @@ def choose(
     settings = {**DEFAULTS, **(QUICK if quick else {}), **given}
     if quick and "--families" in given:
         del settings["--models"]
-    checkpoints = dict(_pair(text) for text in checkpoint)
-    for name in checkpoints:
-        find_model(name)
+    checkpoints = parse_checkpoints(checkpoint)
     if "--models" in settings:
         models, dropped = _names("--models", settings["--models"]), []
         for name in models:
@@ -80,14 +78,36 @@ def choose(
         models, _numbers("--wbits", settings["--wbits"]), _names("--formats", settings["--formats"]), methods
     )
     images = settings.get("--images")
+    digest = None if images is None else digest_of("--images", images)
+    if images is not None:
+        _check_images(images, dict.fromkeys(run.model for run in runs))
     quickly = {"drawn": QUICK_DRAWN, "trajectories": QUICK_TRAJECTORIES} if quick else {}
     how = Measurement(
-        images_sha256=None if images is None else digest_of("--images", images),
+        images_sha256=digest,
         judged_tokens=settings["--samples"], judged_latents=max(1, settings["--samples"] // 2),
         fd=settings["--fd"], seed=seed, topkld_steps=settings["--topkld-steps"],
         features_sha256=None if inception is None else _features_digest(inception, reference), **quickly,
     )  # fmt: skip
     return Choice(runs, [*dropped, *invalid], how, images, checkpoints, inception, reference)
+
+
+def _check_images(images: Path, models: Iterable[str]) -> None:
+    """Open the images as every one of the runs will, before any of them is claimed.
+
+    Raises:
+        InputError: there are none, or one does not fit a model.
+    """
+    from qexport.family import find_model
+    from qexport.verify.images import open_images
+
+    entries = [find_model(name)[1] for name in models]
+    for size, classes in dict.fromkeys((entry.image_size, entry.num_classes) for entry in entries):
+        try:
+            opened = open_images(images, size=size, num_classes=classes)
+            for i in range(len(opened)):
+                opened.check(i)
+        except InputError as error:
+            raise InputError(f"--images {error}") from error
 
 
 def _features_digest(inception: Path, reference: Sequence[Path]) -> str:
@@ -96,6 +116,20 @@ def _features_digest(inception: Path, reference: Sequence[Path]) -> str:
 
     digests = [digest_of("--inception", inception), *(digest_of("--reference", path) for path in reference)]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def parse_checkpoints(texts: Sequence[str]) -> dict[str, str]:
+    """Model → file from ``NAME=FILE``.
+
+    Raises:
+        InputError: not such a pair, no such model, or no such file.
+    """
+    from qexport.family import find_model
+
+    found = dict(_pair(text) for text in texts)
+    for name in found:
+        find_model(name)
+    return found
 
 
 def parse_size(text: str) -> int:

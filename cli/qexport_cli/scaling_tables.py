@@ -23,7 +23,7 @@ _HEADS = {
 }  # fmt: skip
 
 
-_IN_TERMINAL = re.compile(r"Best width|Levels gained, .*(KL|output error)")
+_IN_TERMINAL = re.compile(r"Best width, |Levels gained, .*(KL|output error)")
 """Topics that are printed; the page has all."""
 
 
@@ -101,6 +101,9 @@ def show_recommendation(answers: Sequence[Answer], size_bytes: int) -> None:
     for answer in answers:
         if answer.command:
             print_line(answer.command)
+    for answer in answers:
+        if answer.weights:
+            _wrapped(answer.weights)
 
 
 def _wrapped(text: str, style: str = "") -> None:

@@ -9,25 +9,16 @@ Legend: S sizes, R resamples, P places on an axis.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from qexport.scaling.axes import TOTAL
 from qexport.scaling.figures import FD, FIGURES, RESAMPLES, draws, resampled
 from qexport.scaling.grid import Run
 from qexport.scaling.select import Selection
 from qexport.scaling.store import Row
 
-AXES: Mapping[str, str] = {
-    "total_bits": "bits of all parameters (information, scales counted)",
-    "stored_bits": "bits of all parameters as stored",
-    "matrix_bits": "bits of the quantised matrices (information, scales counted)",
-    "compute_bits": "compute bits: MACs · weight bits, an image",
-}
-"""What quality is drawn against; see `qexport.scaling.cost`."""
-
-TOTAL = "total_bits"
 Z_95 = 1.96
 
 

@@ -29,6 +29,7 @@ from qexport.request import Request
 from qexport.scaling.cost import cost_of, count_macs
 from qexport.scaling.figures import FD, Arrays, summarise
 from qexport.scaling.grid import FULL, START, Measurement, Run, describe
+from qexport.scaling.repeat import CHECKPOINT_FILE
 from qexport.scaling.store import Measured
 from qexport.solution import Solution
 from qexport.solve import solve
@@ -139,7 +140,7 @@ class Bench:
         recipe = Request(run.scheme, method, seed=self.how.seed).recipe(self.plain)
         folded = copy.deepcopy(self.plain)
         solution = solve(folded, recipe)
-        settings: dict[str, Any] = {"calibration": vars(recipe.calibration)}
+        settings: dict[str, Any] = {"calibration": recipe.calibration.to_json()}
         if run.trained:
             trained = distill(folded, recipe, solution, self._training(), work=work, device=self.files.device)
             solution = trained.solution
@@ -176,6 +177,8 @@ class Bench:
         if self.files.device != "cpu":
             settings["device"] = device_name(self.files.device)
         settings |= {"checkpoints": dict(self.plain.checkpoint_sha256), "recipe": recipe.to_toml()}
+        if (given := self.files.checkpoint(run.model)) is not None:
+            settings[CHECKPOINT_FILE] = Path(given).name
         return Measured(figures, cost_of(self.plain, rows, self.macs), arrays, settings)
 
     def frechet(self, generator: Generator) -> dict[str, Any]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from qexport.scaling.axes import COMPUTE
 from qexport.scaling.curves import curves_of
-from qexport.scaling.findings import Finding, findings, laws_of
+from qexport.scaling.figures import FD
+from qexport.scaling.findings import Finding, findings, findings_of_axis, laws_of
 from qexport.scaling.page import render
 from qexport.scaling.plots import curve_plot, plots_of, png_of, svg_of
 from qexport.scaling.report import markdown
 from qexport.scaling.select import Selection
+from qexport.scaling.series_plot import series_plot
 from qexport.scaling.table import csv_text
 
 CSV, PAGE, PLOTS = "results.csv", "index.html", "plots"
-FURTHER_AXES = ("compute_bits", "matrix_bits")
-"""Quality is also drawn against these; what is said is said of total bits."""
+FURTHER_AXES = (COMPUTE, "matrix_bits")
+"""Quality is also drawn against these; what is said is said of total bits and of compute bits."""
 
 
 def write_results(selection: Selection, folder: Path, report: Path | None) -> tuple[list[Path], list[Finding]]:
@@ -24,9 +27,11 @@ def write_results(selection: Selection, folder: Path, report: Path | None) -> tu
     Raises:
         OSError: a place that cannot be written.
     """
-    laws = laws_of(selection)
-    found = findings(laws)
+    laws, by_compute = laws_of(selection), laws_of(selection, COMPUTE)
+    found = findings(laws) + findings_of_axis(by_compute)
     drawn = plots_of(laws)
+    if (together := series_plot(by_compute, FD)) is not None:
+        drawn[f"{FD}-{COMPUTE}"] = together
     for series, law in laws.items():
         for axis in FURTHER_AXES if law.quality else ():
             curves = list(curves_of(selection, series, law.quality or "", axis).values())

@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from qexport.scaling.axes import AXES, TOTAL
 from qexport.scaling.bars import level_bars, own_bars
-from qexport.scaling.curves import AXES, TOTAL, Cell, Curve
+from qexport.scaling.curves import Cell, Curve
 from qexport.scaling.figures import label_of
 from qexport.scaling.grid import FULL, FULL_BITS
-from qexport.scaling.law import MERITS, Levels, SeriesLaw
+from qexport.scaling.law import MERITS, SeriesLaw
+from qexport.scaling.levels import Levels
 from qexport.verify.plots import COLOURS, GRID, INK, STYLE
 
 PNG_DPI = 300
@@ -102,7 +104,7 @@ def curve_plot(curves: Sequence[Curve], series: str, figure: str, axis: str) -> 
             if logarithmic:
                 axes.set_yscale("log")
         top, bottom = panels[0][0], panels[-1][0]
-        bottom.set_xlabel(AXES[axis])
+        bottom.set_xlabel(AXES[axis].label)
         bottom.set_ylabel(label_of(figure))
         top.set_title(series, loc="left", color=INK, fontsize=10)
         if top is not bottom:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from qexport.formats import get_format
-from qexport.request import DEFAULT_METHOD
+from qexport.methods import METHODS
 from qexport.scaling.figures import FD, FIGURES, draws, interval, label_of, resampled
 from qexport.scaling.grid import FULL, NO_METHOD, Run
+from qexport.scaling.repeat import command_for, weights_of
 from qexport.scaling.select import Selection
 from qexport.scaling.store import Row
 
@@ -20,7 +21,8 @@ from qexport.scaling.store import Row
 class Answer:
     """Of one series: the best row and how it is judged, or nothing and the least size there is.
 
-    `words` says whether the next best is worse for certain, or why there is no answer.
+    `words` says whether the next best is worse for certain, or why there is no answer; `weights` which file the command
+    needs, where the model's are not bundled.
     """
 
     series: str
@@ -32,6 +34,7 @@ class Answer:
     least_bytes: float
     words: str
     command: str
+    weights: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -40,7 +43,7 @@ class Answer:
             "series": self.series, "model": run and run.model, "format": run and run.number_format,
             "bits": run and run.bits, "method": run and run.method, "figure": self.figure, "value": self.value,
             "ci95": list(self.interval), "size_bytes": self.size_bytes, "least_bytes": self.least_bytes,
-            "words": self.words, "command": self.command,
+            "words": self.words, "command": self.command, "weights": self.weights,
         }  # fmt: skip
 
 
@@ -53,15 +56,34 @@ def quality_of(selection: Selection, rows: Sequence[Row]) -> str | None:
     return next((name for name in names if all(name in row.measured.figures for row in rows)), None)
 
 
-def recommend(selection: Selection, size_bytes: int) -> list[Answer]:
+def recommend(selection: Selection, size_bytes: int, files: Mapping[str, str] | None = None) -> list[Answer]:
     """One answer for each series. A size is that of the stored weights of the generator, without its decoder.
 
-    Formats that no bundle can hold are not recommended.
+    Formats that no bundle can hold are not recommended. `files` maps models to their checkpoints, for the commands.
     """
-    return [_of_series(selection, series, size_bytes) for series in selection.series]
+    return [_of_series(selection, series, size_bytes, files or {}) for series in selection.series]
 
 
-def _of_series(selection: Selection, series: str, size_bytes: int) -> Answer:
+def distinct(rows: Sequence[Row]) -> list[Row]:
+    """The rows without those that repeat another: same model and bits, equal figures. The cheapest method stays.
+
+    Fine-tuning that never got below its start gives its start's codes back; that is no other answer.
+    """
+    kept: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(rows, key=lambda row: _effort(row.run)):
+        figures = tuple(sorted((name, figure["value"]) for name, figure in row.measured.figures.items()))
+        cost = row.measured.cost
+        kept.setdefault((row.run.model, row.run.number_format, cost["stored_bits"], cost["total_bits"], figures), row)
+    return list(kept.values())
+
+
+def _effort(run: Run) -> tuple[bool, int, str]:
+    """Cheap methods first: those that do not train, in the order of `METHODS`, which combinations follow."""
+    known = (NO_METHOD, *METHODS)
+    return run.trained, known.index(run.method) if run.method in known else len(known), run.method
+
+
+def _of_series(selection: Selection, series: str, size_bytes: int, files: Mapping[str, str]) -> Answer:
     rows = [row for run, row in selection.rows.items() if run.series == series and _exportable(run)]
     sizes = {row.key: row.measured.cost["stored_bits"] / 8 for row in rows}
     least = min(sizes.values(), default=0.0)
@@ -75,14 +97,15 @@ def _of_series(selection: Selection, series: str, size_bytes: int) -> Answer:
         return nothing("nothing fits; the smallest takes")
     if name is None:
         return nothing("no figure compares sizes (sweep with --images or --fd); the smallest takes")
-    ranked = sorted(fitting, key=lambda row: row.measured.figures[name]["value"])
+    ranked = sorted(distinct(fitting), key=lambda row: row.measured.figures[name]["value"])
     best = ranked[0]
     found = best.measured.figures[name]
     words = "the only one that fits" if len(ranked) == 1 else _against(name, best, ranked[1])
     low, high = found["ci95"]
     return Answer(
-        series, best, label_of(name), found["value"], (low, high), sizes[best.key], least, words, command_for(best)
-    )
+        series, best, label_of(name), found["value"], (low, high), sizes[best.key], least, words,
+        command_for(best, files.get(best.run.model)), weights_of(best),
+    )  # fmt: skip
 
 
 def _against(name: str, best: Row, second: Row) -> str:
@@ -113,17 +136,3 @@ def _normal(row: Row) -> tuple[float, float]:
 
 def _exportable(run: Run) -> bool:
     return run.number_format == FULL or get_format(run.number_format).exportable
-
-
-def command_for(row: Row) -> str:
-    """The command that makes this bundle."""
-    run = row.run
-    parts = [f"qexport quantize --model {run.model} --wbits {run.bits}"]
-    if run.kind == "fp" and run.number_format != FULL:
-        parts.append("--format fp8")
-    if run.trained:
-        training = row.settings["training"]
-        parts.append(f"--method {training['start_method']} --topkld --steps {training['settings']['steps']}")
-    elif run.method not in (NO_METHOD, DEFAULT_METHOD.name):
-        parts.append(f"--method {run.method}")
-    return " ".join(parts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "qexport" / "scaling"))
 import made_up
 import numpy as np
 
+from qexport.scaling.grid import Measurement, Run, describe
+from qexport.scaling.measure import Bench
 from qexport.scaling.store import Store
 
 SMALL = ("--models", "var-c10-d2", "--wbits", "2,16", "--formats", "int", "--methods", "rtn", "--fd", "0")
@@ -51,6 +55,7 @@ def test_quick_is_small(run):
         (["--checkpoint", "var-c10-d2"], "write NAME=FILE"),
         (["--checkpoint", "var-c10-d2=missing.pt"], "missing.pt: no such file"),
         (["--images", "missing.npz"], "missing.npz: no such file"),
+        (["--images", ".", "--quick"], "--images .: "),
         (["--budget", "much"], "not a size"),
         (["--budget", "3MB"], "no such store"),
         (["--from-store"], "no such store"),
@@ -93,6 +98,7 @@ def test_results_are_written_from_a_store(run, store, tmp_path):
     assert "var-c10-cross_entropy.svg" in plots
     assert "dit-c10-fd.png" in plots
     assert "dit-c10-loss-compute_bits.svg" in plots
+    assert "fd-compute_bits.svg" in plots
     page = (tmp_path / "out" / "index.html").read_text()
     for fetched in ('src="', "<link", "@import", "url(http"):
         assert fetched not in page
@@ -101,6 +107,8 @@ def test_results_are_written_from_a_store(run, store, tmp_path):
     report = (tmp_path / "r.md").read_text()
     assert "qexport scaling --models" in report
     assert "Best width, var-c10" in report
+    assert "Best width at equal compute bits, var-c10" in report
+    assert "dit-c10 or var-c10, at equal compute bits" in page
     assert not list(tmp_path.rglob(".*partial*"))
     again = run("scaling", "--from-store", "--store", store, "--out", tmp_path / "again")
     assert again.code == 0
@@ -121,6 +129,62 @@ def test_a_budget_has_one_answer_a_series(run, store):
     shown = run("scaling", "--budget", "1MB", "--store", store)
     assert "var-c10-d4" in shown.out
     assert "qexport quantize --model var-c10-d4 --wbits 2" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("chosen", "seed"),
+    [
+        (Run("var-c10-d2", "int2", "topkld"), 0),
+        (Run("var-c10-d2", "int3", "topkld"), 5),
+        (Run("dit-c10-d2", "int4", "topkld"), 5),
+        (Run("var-c10-d5", "int8", "gptq"), 0),
+        (Run("dit-c10-d5", "int6", "rtn"), 5),
+        (Run("var-c10-d2", "fp8-e4m3", "gptq"), 0),
+        (Run("var-c10-d2"), 5),
+    ],
+    ids=str,
+)
+def test_the_recommended_command_has_the_settings_of_its_run(run, monkeypatch, tmp_path, chosen, seed):
+    """What the sweep asked of the run, and what `qexport quantize` makes of the printed command."""
+    how = Measurement(images_sha256="0", seed=seed)
+    bench = object.__new__(Bench)  # no model is needed to say how one is trained
+    bench.how = how
+    row = made_up.row(chosen, 1.0, parameters=1e6, bits=4)
+    settings = {**row.settings, "measurement": describe(how), "checkpoints": {"model": "0f8c"}}
+    wanted = bench._training()
+    if chosen.trained:
+        settings["training"] = {"start_method": "gptq", "settings": wanted.to_json()}
+    path = tmp_path / "runs.sqlite"
+    with Store(path) as opened:
+        measured = replace(row.measured, settings=settings)
+        opened.record(row.key, chosen, measured, environment={}, version="0", wall_s=1)
+    weights = tmp_path / "d5 of mine.safetensors"
+    weights.touch()
+    given = ("--checkpoint", f"{chosen.model}={weights}") if chosen.model.endswith("d5") else ()
+    (answer,) = json.loads(run("scaling", "--budget", "9MB", "--store", path, "--json", *given).out)["answers"]
+    asked = {}
+    monkeypatch.setattr("qexport.pipeline.quantize", lambda model, **rest: asked.update(rest, model=model))
+    monkeypatch.setattr("qexport_cli.quantize.speaks", lambda: False)
+    words = shlex.split(answer["command"])
+    assert words[0] == "qexport"
+    outcome = run(*words[1:])
+    assert outcome.code == 0, outcome.err
+    assert asked["model"] == chosen.model
+    assert asked["checkpoint"] == (str(weights) if given else None)
+    assert bool(answer["weights"]) is bool(given)
+    request = asked["request"]
+    assert (request.scheme.weight, request.scheme.activation) == (chosen.scheme.weight, chosen.scheme.activation)
+    assert request.samples is None
+    if chosen.trained:
+        # How often a checkpoint is written decides nothing; all else does.
+        assert replace(asked["training"].settings, checkpoint_every=1) == replace(wanted, checkpoint_every=1)
+        assert asked["training"].data is None
+        assert request.method.name == "gptq"
+    else:
+        assert asked["training"] is None
+        assert request.method.name == (chosen.method if chosen.method != "none" else "rtn")
+    if chosen.method != "none":
+        assert request.seed == seed
 
 
 @pytest.mark.parametrize("width", [80, 120])

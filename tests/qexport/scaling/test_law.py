@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import made_up
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.optimize
 import scipy.stats
 
 from qexport.errors import InputError
+from qexport.scaling.at_equal_bits import compare_lowest, compare_series
+from qexport.scaling.axes import COMPUTE
 from qexport.scaling.curves import curves_of, height, offset
-from qexport.scaling.findings import findings, laws_of
-from qexport.scaling.fits import PowerLaw, fit_power_law
-from qexport.scaling.law import compare_series, series_law
+from qexport.scaling.figures import RESAMPLES
+from qexport.scaling.findings import findings, findings_of_axis, laws_of
+from qexport.scaling.fits import Fit, fit_power_law, fit_with_intervals
+from qexport.scaling.grid import Measurement, Run, describe
+from qexport.scaling.law import TOGETHER, series_law
+from qexport.scaling.select import Selection
 
 
 def power(series, parameters, bits, method):
@@ -48,7 +56,7 @@ def test_fits_agree_with_scipy():
     # Along one width, the slope over sizes of what the fit leaves is that of the line SciPy draws.
     fitted = fit.a - fit.alpha * np.log(parameters) - fit.beta * np.log(bits)
     chosen = bits == 3.5
-    line = scipy.stats.linregress(np.log(parameters[chosen]), fitted[chosen])
+    line: Any = scipy.stats.linregress(np.log(parameters[chosen]), fitted[chosen])
     assert -line.slope == pytest.approx(fit.alpha)
 
 
@@ -91,9 +99,9 @@ def test_offsets_that_are_not_defined():
 def test_the_law_of_a_sweep_whose_law_is_known():
     law = series_law(made_up.selection(power), "var-c10")
     assert law.quality == "cross_entropy"
-    fit = law.fits["cross_entropy"]
-    assert isinstance(fit, PowerLaw)
-    assert (fit.alpha, fit.beta) == pytest.approx((0.15, 0.4))
+    fit = law.fits["cross_entropy"][TOGETHER]
+    assert isinstance(fit, Fit)
+    assert (fit.law.alpha, fit.law.beta) == pytest.approx((0.15, 0.4))
     # Quality falls faster with bits (0.4) than with parameters (0.15): at equal total bits, wide weights win.
     for item in law.best:
         if item.second is not None and item.best.number_format != "fp16":
@@ -180,7 +188,7 @@ def test_series_at_equal_bits(gap, sign):
         assert item.difference.sign == sign
     texts = [item.text for item in findings(laws) if "at equal total bits" in item.topic]
     better = {-1: "var-c10 is better", 1: "dit-c10 is better", 0: "not shown which is better"}[sign]
-    assert len(texts) == 4
+    assert len(texts) == 5  # four formats, and the lowest of each
     assert all(better in text for text in texts)
 
 
@@ -202,3 +210,129 @@ def test_curves_share_their_resamples():
     two, four = (next(c for cell, c in curves.items() if cell.number_format == f"int{b}") for b in (2, 4))
     assert np.std(two.samples[:, 0]) > 1e-4
     np.testing.assert_allclose(two.samples - two.y, four.samples - four.y, atol=1e-9)
+
+
+def test_against_compute_bits_a_network_that_runs_twice_costs_twice():
+    """Total bits are alike, DiT's compute bits twice VAR's: what was level is one bit apart, FD 10/8 of it."""
+    chosen = made_up.selection(two_series(0.0), series=("dit-c10", "var-c10"))
+    for run, row in chosen.rows.items():
+        row.measured.cost["compute_bits"] *= 2 if run.series == "dit-c10" else 1  # type: ignore[index]
+    laws, by_compute = laws_of(chosen), laws_of(chosen, COMPUTE)
+    level, apart = (
+        {
+            i.a.number_format: i.difference
+            for i in compare_series(of["dit-c10"].curves["fd"], of["var-c10"].curves["fd"])
+        }
+        for of in (laws, by_compute)
+    )
+    for name, found in apart.items():
+        assert level[name].value == pytest.approx(0, abs=1e-9)
+        assert found.value == pytest.approx(10 / 8)
+        assert found.sign == 1
+    texts = [item.text for item in findings_of_axis(by_compute) if "at equal compute bits (FD)" in item.topic]
+    assert len(texts) == 5
+    assert all("var-c10 is better" in text for text in texts)
+    # Levels and losses compare runs of one size and know no axis.
+    for law in laws.values():
+        other = by_compute[law.series]
+        assert [item.gained for item in law.levels] == [item.gained for item in other.levels]
+        assert [item.share for item in law.degraded] == [item.share for item in other.degraded]
+        assert {item.cell: item.saved for item in law.offsets} == {item.cell: item.saved for item in other.offsets}
+
+
+def test_lowest_curves_meet_where_no_width_does():
+    """DiT costs ten times the compute: no width of both reaches a common size, VAR's 16 bits and DiT's 2 do."""
+
+    def value(series, parameters, bits, method):
+        return (10 - np.log2(parameters) / 4) if series == "var-c10" else 20.0
+
+    chosen = made_up.selection(value, series=("dit-c10", "var-c10"))
+    for run, row in chosen.rows.items():
+        row.measured.cost["compute_bits"] *= 10 if run.series == "dit-c10" else 1  # type: ignore[index]
+    laws = laws_of(chosen, COMPUTE)
+    a, b = (laws[name].curves["fd"] for name in ("dit-c10", "var-c10"))
+    assert all(item.log2_bits is None for item in compare_series(a, b))
+    found = compare_lowest(list(a.values()), list(b.values()))
+    assert found is not None
+    assert found.log2_bits == pytest.approx((np.log2(1e8 * 2 * 10), np.log2(4e8 * 16)))
+    assert [cell.number_format for cell in found.cells[1]] == ["fp16"]
+    # FD of VAR at 16 bits, a straight line in log₂ bits, at both ends by hand.
+    ends = [10 * (10 - (x - np.log2(1600)) / 4) for x in found.log2_bits]
+    assert found.difference.value == pytest.approx(200 - np.mean(ends))
+    assert found.difference.sign == 1
+
+
+def test_a_fits_intervals_agree_with_scipys_bootstrap():
+    parameters, bits, y = points(noise=0.2)
+    own = fit_with_intervals(parameters, bits, y, [np.full(RESAMPLES, value) for value in y])
+
+    def slopes(n, b, values):
+        found: Any = scipy.linalg.lstsq(np.stack([np.ones(len(n)), -np.log(n), -np.log(b)], axis=1), np.log(values))
+        return found[0]
+
+    other: Any = scipy.stats.bootstrap(
+        (parameters, bits, y), slopes, paired=True, vectorized=False, n_resamples=RESAMPLES, method="percentile",
+        rng=np.random.default_rng(3),
+    ).confidence_interval  # fmt: skip
+    for found, low, high in zip((own.a, own.alpha, own.beta), other.low, other.high, strict=True):
+        assert found.low is not None
+        assert found.high is not None
+        assert found.value is not None
+        # Each end of either is good to about 7 % of the half-width; mutation: without drawing runs both are the value.
+        assert (found.low, found.high) == pytest.approx((low, high), abs=0.15 * (high - low))
+        assert found.low < found.value < found.high
+
+
+def test_a_fits_interval_has_the_images_in_it():
+    """Points that lie on the law: drawing runs changes nothing, and what all images share moves `a` alone."""
+    parameters, bits, y = points()
+    factor = np.exp(0.05 * np.random.default_rng(2).standard_normal(RESAMPLES))
+    found = fit_with_intervals(parameters, bits, y, [value * factor for value in y])
+    assert found.a.low is not None
+    assert found.a.high is not None
+    assert found.a.high - found.a.low == pytest.approx(2 * 1.96 * 0.05, rel=0.1)
+    assert (found.beta.low, found.beta.high) == pytest.approx((0.4, 0.4))
+    assert found.r2.value == pytest.approx(1)
+
+
+def test_a_fit_of_few_runs_says_where_resamples_leave_none():
+    """Two sizes at two widths and one more: many draws hold one size or one width only."""
+    parameters, bits = np.array([1e6, 1e6, 2e6, 2e6]), np.array([2.0, 4, 2, 4])
+    found = fit_with_intervals(
+        parameters, bits, np.array([4.0, 2, 3, 1.5]), [np.full(RESAMPLES, v) for v in (4, 2, 3, 1.5)]
+    )
+    assert np.isnan(found.samples).any()
+    assert (found.beta.low, found.beta.high) == (None, None)
+
+
+def test_levels_of_every_size_and_which_way_they_go():
+    """2 bits gain 0.2, 0.5 and 0.5 of a level from the smallest size to the largest."""
+    gains = {1e6: 0.2, 2e6: 0.5, 4e6: 0.5}
+
+    def value(series, parameters, bits, method):
+        return stepped(gains[parameters])(series, parameters, bits, method)
+
+    laws = laws_of(made_up.selection(value, methods=("rtn", "gptq")))
+    (item,) = [i for i in laws["var-c10"].levels if i.figure == "kl" and i.number_format == "int2" and i.base == "rtn"]
+    assert [size.model for size in item.by_size] == ["var-c10-d2", "var-c10-d3", "var-c10-d4"]
+    assert [size.gained.value for size in item.by_size] == pytest.approx([0.2, 0.5, 0.5])
+    assert item.by_size[1].beyond.value == pytest.approx(0.3)
+    assert item.by_size[1].beyond.sign == 1
+    texts = [i.text for i in findings(laws) if i.topic.startswith("Size by size") and "gptq at int2" in i.text]
+    assert len(texts) == 1
+    assert " d2 0.2 (0.2 … 0.2) < d3 0.5 (0.5 … 0.5)" in texts[0]
+
+
+def test_kinds_of_equal_width_are_set_side_by_side():
+    rows = {}
+    for size, parameters in made_up.SIZES.items():
+        for name, error in (("int4", 1.0), ("fp4-e2m1", 1.5 if size == "d2" else 2.0), ("int3", 3.0)):
+            run = Run(f"var-c10-{size}", name, "rtn")
+            rows[run] = made_up.row(run, error, parameters=parameters, bits=4.0, noise=0.1)
+    chosen = Selection(rows, describe(Measurement(images_sha256="0")), 0)
+    (item,) = series_law(chosen, "var-c10").kinds
+    assert (item.floating, item.integer, item.method) == ("fp4-e2m1", "int4", "rtn")
+    assert item.ratio.value == pytest.approx(5.5 / 3)
+    assert [found.value for found in item.by_size.values()] == pytest.approx([1.5, 2, 2])
+    assert item.ratio.low is not None
+    assert 1.7 < item.ratio.low < 5.5 / 3

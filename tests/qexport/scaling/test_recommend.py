@@ -8,11 +8,23 @@ import made_up
 import numpy as np
 import pytest
 
+from qexport.distill import Distillation, DistillSettings
 from qexport.scaling.grid import Run
-from qexport.scaling.recommend import command_for, difference, recommend
+from qexport.scaling.recommend import difference, distinct, recommend
+from qexport.scaling.repeat import command_for, weights_of
 from qexport.scaling.select import select
 
-TRAINED = {"training": {"start_method": "gptq", "settings": {"steps": 150}}}
+TRAINED = {
+    "training": {
+        "start_method": "gptq",
+        "settings": DistillSettings(steps=150, samples=512, evaluate_every=18).to_json(),
+    }
+}
+TAUGHT = "--method gptq --topkld --steps 150 --train samples=512 --train evaluate_every=18"
+
+
+def with_settings(row, **more):
+    return replace(row, measured=replace(row.measured, settings={**row.settings, **more}))
 
 
 @pytest.mark.parametrize(
@@ -22,13 +34,56 @@ TRAINED = {"training": {"start_method": "gptq", "settings": {"steps": 150}}}
         (Run("var-c10-d2", "int4", "rtn"), "--wbits 4"),
         (Run("var-c10-d2", "int4", "gptq"), "--wbits 4 --method gptq"),
         (Run("var-c10-d2", "fp8-e4m3", "rtn"), "--wbits 8 --format fp8"),
-        (Run("var-c10-d2", "int2", "topkld"), "--wbits 2 --method gptq --topkld --steps 150"),
+        (Run("var-c10-d2", "int2", "topkld"), f"--wbits 2 {TAUGHT}"),
     ],
 )
 def test_the_command_makes_the_run(run, command):
-    row = made_up.row(run, 1.0, parameters=1e6, bits=4)
-    row = replace(row, measured=replace(row.measured, settings={**row.settings, **TRAINED}))
+    row = with_settings(made_up.row(run, 1.0, parameters=1e6, bits=4), **TRAINED)
     assert command_for(row) == f"qexport quantize --model var-c10-d2 {command}"
+    assert weights_of(row) == ""
+
+
+def test_what_is_not_as_usual_is_said():
+    """A seed, a rate, a loss, a list and a switch of one's own; how often a checkpoint is written is nobody's."""
+    settings = DistillSettings(
+        Distillation("boosted", 500, 2.0), steps=7, lr=0.02, scale_weights=(1.0, 0.5), recompute=True, seed=3,
+        checkpoint_every=9,
+    )  # fmt: skip
+    row = made_up.row(Run("var-c10-d2", "int2", "topkld"), 1.0, parameters=1e6, bits=4)
+    measurement = {**row.settings["measurement"], "seed": 3}
+    training = {"start_method": "rtn", "settings": settings.to_json()}
+    command = command_for(with_settings(row, measurement=measurement, training=training))
+    assert command.removeprefix("qexport quantize --model var-c10-d2 --wbits 2 --method rtn --topkld ") == (
+        "--steps 7 --variant boosted --top-k 500 --train boost=2.0 --lr 0.02 --train scale_weights=1.0,0.5 "
+        "--train recompute=true --seed 3"
+    )
+
+
+def test_weights_that_are_not_bundled_are_named():
+    row = made_up.row(Run("var-c10-d5", "int4", "rtn"), 1.0, parameters=1e6, bits=4)
+    row = with_settings(row, checkpoints={"model": "0f8c", "vae": "7e75"})
+    assert command_for(row).endswith("--wbits 4 --checkpoint var-c10-d5.safetensors")
+    assert command_for(row, "my weights/d5.pt").endswith("--wbits 4 --checkpoint 'my weights/d5.pt'")
+    assert weights_of(row) == "--checkpoint: the weights of var-c10-d5, SHA-256 0f8c"
+    own = made_up.row(Run("var-c10-d2", "int4", "rtn"), 1.0, parameters=1e6, bits=4)
+    assert command_for(with_settings(own, checkpoint_file="mine.pt")).endswith("--checkpoint mine.pt")
+
+
+def test_a_row_that_repeats_another_is_no_other_answer():
+    """Fine-tuning that kept its start has `gptq`'s codes. Mutation: without `distinct` the words compare the two."""
+    model, kinds = "var-c10-d2", {"parameters": 1e6, "bits": 4}
+    start = made_up.row(Run(model, "int4", "gptq"), 1.0, **kinds)
+    kept = with_settings(made_up.row(Run(model, "int4", "topkld"), 1.0, **kinds), **TRAINED)
+    worse = made_up.row(Run(model, "int4", "rtn"), 2.0, **kinds)
+    other_bits = made_up.row(Run(model, "int3", "awq"), 1.0, parameters=1e6, bits=3)
+    assert {row.key for row in distinct([kept, start, worse])} == {start.key, worse.key}
+    assert len(distinct([kept, start, other_bits])) == 2
+    for rows in ([kept, start, worse], [worse, start, kept]):
+        (answer,) = recommend(select(rows), 10**6)
+        assert answer.row is start
+        assert answer.words == "yes, var-c10-d2 int4 rtn is worse"
+    (answer,) = recommend(select([kept, start]), 10**6)
+    assert answer.words == "the only one that fits"
 
 
 def test_what_no_bundle_can_hold_is_not_recommended():
