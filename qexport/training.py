@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from qexport.distill import TOPK_LOSSES, Distilled, DistillSettings, Samples, distill, image_tokens
-from qexport.distill.processes import launched, require_shares
+from qexport.distill.least import least_bytes
+from qexport.distill.memory import require_memory
+from qexport.distill.processes import launched, own_device, require_shares, sharing
 from qexport.distill.run import make_task, require_device
 from qexport.distill.student import trained_graph
 from qexport.errors import InputError
@@ -81,13 +83,15 @@ def method_of(generator: Generator, training: Training) -> str:
 def prepare(generator: Generator, training: Training) -> ImageSet | None:
     """Refuse what cannot be trained, before anything slow; the images to learn on, where there are any.
 
+    Of the images, those that will be learned on are looked at (`ImageSet.check`), not decoded.
+
     Raises:
-        InputError: the model cannot be trained, there is no such device, the images cannot be used, or the options do
-            not fit the model.
+        InputError: the model cannot be trained, there is no such device or too little memory, the images cannot be
+            used, or the options do not fit the model.
     """
     trained_graph(generator)
     name, settings = generator.entry.name, training.settings
-    require_device(training.device, "--device")
+    require_device(training.device, "--device", settings)
     require_shares(settings.batch)
     if method_of(generator, training) == CONTROL:
         if training.loss_option:
@@ -103,27 +107,41 @@ def prepare(generator: Generator, training: Training) -> ImageSet | None:
     elif settings.per_trajectory != DistillSettings().per_trajectory:
         raise InputError(f"per_trajectory is about denoisers; {name} draws tokens; leave it out")
     make_task(generator, settings)  # says which weights of scales do not fit
+    _require_room(generator, training, 0)
     if training.data is None:
         return None
     entry = generator.entry
     images = open_images(training.data, size=entry.image_size, num_classes=entry.num_classes)
     if len(images) < 2:
         raise InputError(f"{training.data}: holds {len(images)} image; at least 2 are needed, one to judge by")
+    for i in _chosen(images, _held_out_of(images, settings)):
+        images.check(int(i))
     return images
 
 
-def require_trainable(generator: Generator, recipe: Recipe) -> None:
-    """Refuse a recipe without anything to train.
+def require_trainable(generator: Generator, recipe: Recipe, training: Training | None = None) -> None:
+    """Refuse a recipe without anything to train, or with more than the memory holds.
 
     Raises:
-        InputError: it quantises no matrix of the graph that is trained.
+        InputError: it quantises no matrix of the graph that is trained, or `training` would take too much memory.
     """
     graph = trained_graph(generator)
     places = places_of(generator, assign_rules(generator, recipe)).values()
-    if not any(place == graph for place, _ in places):
+    names = [name for place, name in places if place == graph]
+    if not names:
         raise InputError(
             f"recipe {recipe.name!r} quantises no matrix of graph {graph!r} of {generator.entry.name}: nothing to train"
         )
+    if training is not None:
+        parameters = generator.graph(graph).parameters()
+        _require_room(generator, training, sum(parameters[name].numel() for name in names))
+
+
+def _require_room(generator: Generator, training: Training, trained: int) -> None:
+    """Refuse what cannot fit, as far as shapes tell; the trained student is measured later."""
+    needed = least_bytes(generator, training.settings, launched(), trained, training.device)
+    place = str(own_device(training.device))
+    require_memory(needed, training.settings, sharing(training.device), place, least=True)
 
 
 def fine_tune(
@@ -155,8 +173,7 @@ def fine_tune(
         note("sharded: a single process has nothing to divide; torchrun starts several")
     data = None
     if images is not None:
-        held_out = max(LEAST_HELD_OUT, min(settings.held_out, len(images) // MOST_HELD_OUT_SHARE))
-        settings = replace(settings, held_out=held_out)
+        settings = _held_out_of(images, settings)
         data = _tokens(generator, images, settings, progress)
 
     def step(done: int, total: int, loss: float, held: float) -> None:
@@ -177,10 +194,22 @@ def fine_tune(
     return Trained(found.solution, _record(generator, recipe, settings, method, found), found.report)
 
 
-def _tokens(generator: Generator, images: ImageSet, settings: DistillSettings, progress: Progress) -> Samples:
-    """Tokens of as many images as training looks at, drawn without repetition under its seed."""
+def _held_out_of(images: ImageSet, settings: DistillSettings) -> DistillSettings:
+    """The settings with as many held out as so few images allow."""
+    held_out = max(LEAST_HELD_OUT, min(settings.held_out, len(images) // MOST_HELD_OUT_SHARE))
+    return replace(settings, held_out=held_out)
+
+
+def _chosen(images: ImageSet, settings: DistillSettings) -> np.ndarray:
+    """Numbers of as many images as training looks at, drawn without repetition under its seed."""
     count = min(len(images), settings.steps * settings.batch + settings.held_out)
-    order = np.random.default_rng(settings.seed).permutation(len(images))[:count]
+    return np.random.default_rng(settings.seed).permutation(len(images))[:count]
+
+
+def _tokens(generator: Generator, images: ImageSet, settings: DistillSettings, progress: Progress) -> Samples:
+    """Tokens of the images that training looks at."""
+    order = _chosen(images, settings)
+    count = len(order)
     chosen = ImageSet(lambda i: images.load(int(order[i])), images.labels[order], images.source)
     source = images.source if count == len(images) else f"{count} of {images.source}, seed {settings.seed}"
 

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from qexport.distill.tasks import Batch
 from qexport.errors import InputError
-from qexport.family import DenoiserModel, Generator
+from qexport.family import Generator
 from qexport.reference import TorchBackend
+from qexport.reference.timestep import timestep_place
 from qexport.runtime import CallRecord, Player
 from qexport.runtime.inputs import label_input
 
@@ -191,20 +192,6 @@ def drawn_latents(
     tensors = tuple(torch.from_numpy(np.concatenate(column))[mixed][:samples] for column in columns)
     source = f"{len(tensors[0])} noisy latents of {trajectories} trajectories of the full-precision model, seed {seed}"
     return Samples(tensors, source)
-
-
-def timestep_place(model: DenoiserModel, noisy: np.ndarray, labels: np.ndarray) -> tuple[str, int]:
-    """(port, flat index) where a denoising graph is told its timestep: what differs between the feeds of t = 0 and 1.
-
-    Raises:
-        InputError: nothing differs.
-    """
-    before, after = (model.graph_inputs(noisy, t, labels) for t in (0, 1))
-    for port, array in before.items():
-        changed = np.flatnonzero(np.asarray(array).reshape(-1) != np.asarray(after[port]).reshape(-1))
-        if len(changed):
-            return port, int(changed[0])
-    raise InputError("the denoising graph is not told its timestep; it cannot be fine-tuned")
 
 
 def with_null_labels(samples: Samples, column: int, null: int, share: float, seed: int) -> Samples:

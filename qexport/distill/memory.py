@@ -1,4 +1,4 @@
-"""How much memory a run will take, asked before it starts.
+"""How much memory a run will take, asked before its first step.
 
 What is kept for the backward pass is not guessed: one sample, and then two, go through the student, in the precision of
 training and with blocks computed again where the settings say so, and the bytes that autograd saves are counted. What
@@ -9,6 +9,8 @@ the second sample adds grows with the batch, the rest (weights in bfloat16) does
 - the rounded weights, and the codes of the best result and of the one that may replace it, whole in every process;
 - four times the model's output for a batch: the teacher's, the student's, the loss's gradient, and that of the logits;
   or twice for a batch of judging, where that is more.
+
+What can be said before there is a student, from shapes alone, is in `qexport.distill.least`.
 
 What lies in mapped files (moments that are offloaded, a cached teacher) is not counted: it gives way.
 """
@@ -30,7 +32,7 @@ from qexport.errors import InputError
 _BYTES = 4
 _GRADIENT, _MOMENTS = 1, 2  # float32 numbers for each that is trained
 _CODES = 2  # bytes: one for the best, one for what may replace it
-_OUTPUTS, _JUDGED_OUTPUTS = 4, 2
+OUTPUTS, _JUDGED_OUTPUTS = 4, 2
 
 _MARGIN = 1.1
 """What temporaries and the allocator add."""
@@ -78,12 +80,16 @@ def estimate_bytes(
             by_sample = max(saved_bytes(lambda: student(*two), rounded)[0] - kept, 0)
     fixed = max(kept - by_sample, 0)
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    update = share * (by_sample + OUTPUTS * output)
+    judging = min(JUDGE_BATCH, held_out) * _JUDGED_OUTPUTS * output
+    return int(_MARGIN * (state_bytes(trained, settings, processes) + fixed + max(update, judging)))
+
+
+def state_bytes(trained: int, settings: DistillSettings, processes: int = 1) -> int:
+    """Bytes in each process of what training keeps of `trained` numbers beside these themselves."""
     parts = processes if settings.sharded else 1
     numbers = _GRADIENT + (0 if settings.offload else _MOMENTS) + (1 if settings.ema else 0)
-    whole = trained * (_BYTES + _CODES) + fixed
-    update = share * (by_sample + _OUTPUTS * output)
-    judging = min(JUDGE_BATCH, held_out) * _JUDGED_OUTPUTS * output
-    return int(_MARGIN * (whole + trained * _BYTES * numbers // parts + max(update, judging)))
+    return trained * (_BYTES + _CODES) + trained * _BYTES * numbers // parts
 
 
 def available_bytes(device: str = "cpu") -> int | None:
@@ -100,8 +106,12 @@ def available_bytes(device: str = "cpu") -> int | None:
     return min(found, default=None)
 
 
-def require_memory(needed: int, settings: DistillSettings, processes: int = 1, device: str = "cpu") -> None:
-    """Nothing, if there is enough, or nobody knows.
+def require_memory(
+    needed: int, settings: DistillSettings, processes: int = 1, device: str = "cpu", *, least: bool = False
+) -> None:
+    """Nothing, if there is enough for each of the processes that share the memory, or nobody knows.
+
+    `least` says that `needed` is a lower bound, which counts nothing that could be computed again.
 
     Raises:
         InputError: there is too little; it says what would take less.
@@ -111,9 +121,10 @@ def require_memory(needed: int, settings: DistillSettings, processes: int = 1, d
         return
     many = f" in each of {processes} processes" if processes > 1 else ""
     rest = {
-        "recompute": not settings.recompute,
+        "recompute": not (settings.recompute or least),
         "offload": device == "cpu" and not (settings.offload or settings.sharded),
     }
     advice = ["make the batch smaller (--batch)", *(f"--train {name}" for name, helps in rest.items() if helps)]
-    wanted = f"distillation needs about {needed / 1e9:.1f} GB{many}, {available / 1e9:.1f} GB are free"
+    about = "at least" if least else "about"
+    wanted = f"distillation needs {about} {needed / 1e9:.1f} GB{many}, {available / 1e9:.1f} GB are free"
     raise InputError(f"{wanted}; {', or '.join(advice)}")

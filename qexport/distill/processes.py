@@ -1,5 +1,7 @@
 """Several processes, by PyTorch's own means: ``torchrun`` starts them, each takes its share of each batch.
 
+On CPUs they speak over gloo; on CUDA over NCCL, and process ``LOCAL_RANK`` of a host has GPU ``LOCAL_RANK`` to itself.
+
 Every process has the whole model, and DistributedDataParallel adds the gradients up; or (`divide`) each keeps a part
 of the rows of every latent weight, of its scales, gradients and moments, and FSDP2's `fully_shard` gathers a layer
 where it is rounded and hands out the parts of its gradient. The teacher and the rounded weights are whole in each.
@@ -11,11 +13,11 @@ first process alone writes.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,18 +27,82 @@ from torch.nn.parallel import DistributedDataParallel
 from qexport.distill.tasks import Batch
 from qexport.errors import InputError
 
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for another. PyTorch's own 10 (NCCL) or 30 minutes (gloo) would end a run whose first
+process draws samples or writes a bundle for longer. A process that dies is noticed by ``torchrun``, not by waiting."""
+
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Join the processes that ``torchrun`` started, over gloo; alone, do nothing."""
-    wanted = launched() > 1 and not dist.is_initialized()
+def process_group(device: str = "cpu") -> Iterator[None]:
+    """Join the processes that ``torchrun`` started; alone, do nothing.
+
+    NCCL's processes part together, so one that fails does not wait for the others to part: it ends, and ``torchrun``
+    ends them.
+    """
+    wanted = launched() > 1 and not joined()
     if wanted:
-        dist.init_process_group("gloo")
+        join(device)
+    through = False
     try:
         yield
+        through = True
     finally:
-        if wanted:
+        if wanted and (through or device == "cpu"):
             dist.destroy_process_group()
+
+
+def join(device: str) -> None:
+    """Join the processes that ``torchrun`` started, be it one: over gloo, or over NCCL with a GPU for each."""
+    place = own_device(device)
+    if place.type == "cpu":
+        dist.init_process_group("gloo", timeout=PATIENCE)
+        return
+    torch.cuda.set_device(place)  # where tensors go that are sent to "cuda" without a number, FSDP2's among them
+    dist.init_process_group("nccl", timeout=PATIENCE, device_id=place)
+
+
+def joined() -> bool:
+    """Whether the processes are joined, so that what one of them asks of all is answered."""
+    return dist.is_initialized()
+
+
+def own_device(device: str) -> torch.device:
+    """Where this process computes: of several GPUs its own."""
+    if device == "cpu" or not (launched() > 1 or "LOCAL_RANK" in os.environ):
+        return torch.device(device)
+    return torch.device(device, _local_rank())
+
+
+def require_gpus(option: str) -> None:
+    """Nothing, if each process of this host has a GPU to itself, and they can speak to each other.
+
+    Raises:
+        InputError: there are fewer GPUs, or this PyTorch has no NCCL. `option` is what the user calls the choice.
+    """
+    count, gpus = local_count(), torch.cuda.device_count()
+    if max(count, _local_rank() + 1) > gpus:
+        raise InputError(
+            f"{option} cuda: {count} processes on this host, {gpus} GPU{'s' * (gpus != 1)}; each takes one of its own: "
+            f"start {gpus} (torchrun --nproc-per-node {gpus})"
+        )
+    if launched() > 1 and not dist.is_nccl_available():
+        raise InputError(f"{option} cuda: this PyTorch has no NCCL, over which several processes speak; start one")
+
+
+def local_count() -> int:
+    """How many of the processes run on this host; all of them, if nobody says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", launched()))
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+
+
+def sharing(device: str) -> int:
+    """How many processes share the memory that this one computes in: those of a host, or nobody a GPU's."""
+    return local_count() if device == "cpu" else 1
 
 
 def launched() -> int:
@@ -46,27 +112,28 @@ def launched() -> int:
 
 def rank() -> int:
     """Number of this process, 0 if it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if joined() else 0
 
 
 def world() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if joined() else 1
 
 
 def parallel(module: nn.Module) -> nn.Module:
     """The module, with gradients averaged over all processes; one whose parts were divided does so for these itself."""
     divided = any(_is_part(parameter) for parameter in module.parameters())
-    return DistributedDataParallel(module) if world() > 1 and not divided else module
+    return DistributedDataParallel(module) if joined() and not divided else module
 
 
 def divide(modules: Iterable[nn.Module]) -> None:
-    """Divide the parameters of each module among the processes, by rows."""
+    """Divide the parameters of each module among the processes, by rows, on the device where they lie."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (world(),))
-    for module in modules:
+    listed = list(modules)
+    mesh = init_device_mesh(next(listed[0].parameters()).device.type, (world(),))
+    for module in listed:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)  # each is a root, which would else stay whole
 
 
@@ -74,6 +141,21 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor of which each process may have a part; all of them must ask."""
     shared: Any = tensor
     return shared.full_tensor() if _is_part(tensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """As `whole`, in the CPU's memory of the first process, which writes it; nothing (0,) in the others'."""
+    full = whole(tensor)
+    return full.cpu() if is_first() else torch.empty(0)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first process made, in each of them; it must be picklable."""
+    if not joined():
+        return make()
+    held: list[Any] = [make() if is_first() else None]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def part(full: Tensor, like: Tensor) -> Tensor:
@@ -92,7 +174,10 @@ def set_part(tensor: Tensor, full: Tensor) -> None:
 
 
 def clip(parameters: Sequence[Tensor], greatest: float) -> Tensor:
-    """Scale the gradients down to a norm of at most `greatest`; the norm before, over all processes, ()."""
+    """Scale the gradients down to a norm of at most `greatest`; the norm before, over all processes, ().
+
+    It lies where they do and is not read, so that a GPU is not waited for.
+    """
     if not any(map(_is_part, parameters)):
         return nn.utils.clip_grad_norm_(parameters, greatest)
     parts, replicated = [], []
@@ -103,11 +188,12 @@ def clip(parameters: Sequence[Tensor], greatest: float) -> Tensor:
         elif gradient is not None:
             dist.all_reduce(gradient)  # what is too small to be divided is not averaged by fully_shard
             replicated.append(gradient.div_(world()))
-    squares = summed(_square(parts)) + _square(replicated)
-    norm = math.sqrt(float(squares))
+    device = parameters[0].device
+    norm = (summed(_square(parts, device)) + _square(replicated, device)).sqrt()
+    factor = (greatest / (norm + _NORM_FLOOR)).clamp(max=1)
     for gradient in (*parts, *replicated):
-        gradient.mul_(min(1.0, greatest / (norm + _NORM_FLOOR)))
-    return torch.tensor(norm, dtype=torch.float64)
+        gradient.mul_(factor)
+    return norm
 
 
 _NORM_FLOOR = 1e-6
@@ -119,8 +205,9 @@ def _is_part(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def _square(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([torch.zeros((), dtype=torch.float64), *(t.double().square().sum() for t in tensors)]).sum()
+def _square(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack([zero, *(t.double().square().sum() for t in tensors)]).sum()
 
 
 def require_shares(size: int, count: int | None = None) -> None:
@@ -148,7 +235,7 @@ def share(batch: Batch) -> Batch:
 
 def summed(values: Tensor) -> Tensor:
     """The sum over all processes, the same bits in each."""
-    if world() > 1:
+    if joined():
         values = values.clone()
         dist.all_reduce(values)
     return values
@@ -161,10 +248,10 @@ def mean(value: Tensor) -> Tensor:
 
 def wait() -> None:
     """Until all processes are here: after the first has written what the others read."""
-    if world() > 1:
+    if joined():
         dist.barrier()
 
 
 def is_first() -> bool:
     """Whether this process writes; true to what ``torchrun`` said also before and after the processes are joined."""
-    return int(os.environ.get("RANK", "0")) == 0 if not dist.is_initialized() else dist.get_rank() == 0
+    return rank() == 0 if joined() else int(os.environ.get("RANK", "0")) == 0

@@ -66,8 +66,9 @@ def distill(
         progress: told after every step.
         drawing: told how many samples are drawn.
         resumed: told after how many steps it goes on, where it does.
-        device: where teacher and student compute, ``cpu`` or ``cuda``. Batches are the same ones; numbers differ in
-            their last bits, so a run goes on only from a checkpoint of its own device.
+        device: where teacher and student compute, ``cpu`` or ``cuda``; of several processes each has a GPU to itself.
+            Batches are the same ones; numbers differ in their last bits, so a run goes on only from a checkpoint of
+            its own kind of device.
 
     Returns:
         `solution` with the weights of the trained graph replaced, and activation scales where they were learned; never
@@ -80,11 +81,12 @@ def distill(
     settings = settings or DistillSettings()
     start_s = time.perf_counter()
     trained_graph(generator)  # says first whether the model can be trained at all
-    require_device(device)
-    generator, teacher = placed(generator, "cpu"), placed(generator, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with processes.process_group():
+    require_device(device, settings=settings)
+    with processes.process_group(device):
+        place = processes.own_device(device)
+        generator, teacher = placed(generator, "cpu"), placed(generator, place)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats(place)
         task = make_task(generator, settings)
         checkpoints = None
         if work is not None:
@@ -105,7 +107,7 @@ def distill(
             learn_activation_scales=settings.scale_lr > 0,
         )  # fmt: skip
         needed = estimate_bytes(student, next(held.batches(1)), settings, processes.world(), len(held))
-        require_memory(needed, settings, processes.world(), device)
+        require_memory(needed, settings, processes.sharing(device), str(place))
         trainer = Trainer(student, task.predictor(teacher), task, (trained_on, held), settings, checkpoints)
         trained = trainer.run(progress, resumed)
     found = replace(
@@ -132,20 +134,26 @@ def distill(
         "threads": torch.get_num_threads(),
     }
     if device == "cuda":
-        report |= {"device": device_name(device), "peak_device_bytes": torch.cuda.max_memory_allocated()}
+        report |= {"device": device_name(place), "peak_device_bytes": torch.cuda.max_memory_allocated(place)}
     return Distilled(found, report)
 
 
-def require_device(device: str, option: str = "device") -> None:
+def require_device(device: str, option: str = "device", settings: DistillSettings | None = None) -> None:
     """Nothing, if training can be done there.
 
     Raises:
-        InputError: it is unknown or not there, or several processes were started, which is not measured on CUDA.
+        InputError: it is unknown or not there, there are fewer GPUs than processes, or the settings are about a CPU.
     """
     if choose_device(device, option) != device:
         raise InputError(f"{option} {device!r} is not one device; use cpu or cuda")
-    if device == "cuda" and processes.launched() > 1:
-        raise InputError(f"{option} cuda: several processes train on the CPU only; start one")
+    if device == "cpu":
+        return
+    processes.require_gpus(option)
+    if settings is not None and settings.offload:
+        raise InputError(
+            f"{option} cuda: offload keeps moments in a file that is mapped into the CPU's memory; leave it out, or "
+            "let several processes divide them (sharded)"
+        )
 
 
 def make_task(generator: Generator, settings: DistillSettings) -> Task:
@@ -167,9 +175,9 @@ def _drawn(
     checkpoints: Checkpoints | None,
     drawing: Callable[[int, int], None] | None,
 ) -> Samples:
-    """The teacher's samples; where there is a folder, the first process draws them and the others read."""
+    """The teacher's samples: the first process draws them, and the others read them where there is a folder."""
     if checkpoints is None:
-        return _draw(generator, settings, drawing)
+        return processes.from_first(lambda: _draw(generator, settings, drawing))
     if processes.is_first() and checkpoints.load(DATA_FILE) is None:
         samples = _draw(generator, settings, drawing)
         checkpoints.save(DATA_FILE, {"tensors": list(samples.tensors), "source": samples.source})

@@ -152,7 +152,7 @@ class Student(nn.Module):
         """Leave each process a part of what is trained; the model's own weights, which nothing reads, are let go."""
         processes.divide(self._rounders)
         for weight in self._weights:
-            weight.requires_grad_(False).data = torch.empty(0)
+            weight.requires_grad_(False).data = torch.empty(0, device=weight.device)
 
     @property
     def rounded(self) -> list[Tensor]:
@@ -187,9 +187,9 @@ class Student(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """What is trained, in no more than this: the rest of the model is not part of a checkpoint.
 
-        All processes of a divided student must ask.
+        All processes must ask; the first is answered, on the CPU.
         """
-        return {name: processes.whole(value.detach()) for name, value in self.named_parameters()}
+        return {name: processes.gathered(value.detach()) for name, value in self.named_parameters()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:

@@ -86,10 +86,10 @@ class Trainer:
             if checkpoints is None:
                 raise InputError("distillation: a cached teacher needs a folder to keep its outputs in (work)")
             self._cached = CachedTeacher(teacher, checkpoints.folder, len(self._data))
-        if settings.sharded and processes.world() > 1:
+        self._device = next(student.parameters()).device
+        if settings.sharded and processes.joined():
             student.divide()
         self._trained = [p for p in student.parameters() if p.requires_grad]
-        self._device = next(student.parameters()).device
         fused = True if self._device.type == "cuda" else None  # each group has one tensor: a kernel, not a dozen
         self._optimiser = torch.optim.AdamW(_groups(student, settings), lr=1.0, weight_decay=0.0, fused=fused)
         self._offloaded: OffloadedMoments | None = None
@@ -234,7 +234,7 @@ class Trainer:
             "step": self._step,
             "student": self._student.state(),
             "optimiser": _gathered(self._optimiser.state_dict()),
-            "average": [processes.whole(value) for value in self._average.values] if self._average is not None else [],
+            "average": list(map(processes.gathered, self._average.values)) if self._average is not None else [],
             "losses": self.history.losses,
             "judged": self.history.judged,
             "codes": [torch.from_numpy(found.codes) for found in weights.values()],
@@ -290,9 +290,9 @@ def _groups(student: Student, settings: DistillSettings) -> list[dict[str, Any]]
 
 
 def _gathered(state: dict[str, Any]) -> dict[str, Any]:
-    """The optimiser's state with all of each moment, of which each process may have a part."""
+    """The optimiser's state with all of each moment, of which each process may have a part; for the first process."""
     moments = {
-        number: {name: processes.whole(value) if isinstance(value, Tensor) else value for name, value in own.items()}
+        number: {name: processes.gathered(value) if isinstance(value, Tensor) else value for name, value in own.items()}
         for number, own in state["state"].items()
     }
     return {**state, "state": moments}

@@ -64,7 +64,8 @@ def to_device(generator: Generator, device: str | torch.device) -> Generator:
 
 def placed(generator: Generator, device: str | torch.device) -> Generator:
     """The generator itself where it lies there already, else a copy there."""
-    same = device_of(generator).type == torch.device(device).type
+    here, there = device_of(generator), torch.device(device)
+    same = here.type == there.type and there.index in (None, here.index)  # "cuda" is any GPU, "cuda:1" that one
     return generator if same else to_device(copy.deepcopy(generator), device)
 
 

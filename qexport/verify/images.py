@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -29,12 +30,14 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 class ImageSet:
     """Labelled images, decoded when they are needed.
 
-    `load(i)` gives image i as uint8 (H, W, 3); `labels` is (n,) int64; `source` says where they come from.
+    `load(i)` gives image i as uint8 (H, W, 3); `labels` is (n,) int64; `source` says where they come from. `check(i)`
+    raises what `load(i)` would, as far as the file's header and end tell, and decodes no pixels of a sound one.
     """
 
     load: Callable[[int], np.ndarray]
     labels: np.ndarray
     source: str
+    check: Callable[[int], object] = lambda i: None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,18 +80,36 @@ def open_images(path: str | Path, *, size: int, num_classes: int, every: int = 1
     chosen = np.arange(0, len(labels), every)
     source = f"{len(chosen)} images of {where.name}" + (f", every {every}th" if every > 1 else "")
 
+    def require_size(i: int, width: int, height: int) -> None:
+        if (width, height) != (size, size):
+            raise InputError(f"{where}: image {chosen[i]} is {width}×{height}; this model takes {size}×{size}")
+
     def load(i: int) -> np.ndarray:
         pixels = images.load(int(chosen[i]))
-        if pixels.shape != (size, size, 3):
-            raise InputError(
-                f"{where}: image {chosen[i]} is {pixels.shape[1]}×{pixels.shape[0]}; this model takes {size}×{size}"
-            )
+        require_size(i, pixels.shape[1], pixels.shape[0])
         return pixels
 
-    return ImageSet(load, labels[chosen].astype(np.int64), source)
+    def check(i: int) -> None:
+        require_size(i, *images.size_of(int(chosen[i])))
+
+    return ImageSet(load, labels[chosen].astype(np.int64), source, check)
 
 
-def _folder(root: Path) -> ImageSet:
+@dataclass(frozen=True)
+class _Files:
+    """Images of any size as they lie there: `load` decodes one, `size_of` tells (width, height) without."""
+
+    load: Callable[[int], np.ndarray]
+    size_of: Callable[[int], tuple[int, int]]
+    labels: np.ndarray
+    source: str
+
+    @classmethod
+    def encoded(cls, file: Callable[[int], Path | io.BytesIO], what: Callable[[int], str], *rest: Any) -> _Files:
+        return cls(lambda i: decode(file(i), what(i)), lambda i: encoded_size(file(i), what(i)), *rest)
+
+
+def _folder(root: Path) -> _Files:
     classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
         raise InputError(f"{root}: has no subfolders; one for each class is needed")
@@ -96,10 +117,11 @@ def _folder(root: Path) -> ImageSet:
     if not found:
         raise InputError(f"{root}: no images in its subfolders ({', '.join(SUFFIXES)})")
     files = [p for p, _ in found]
-    return ImageSet(lambda i: decode(files[i], str(files[i])), np.array([label for _, label in found]), root.name)
+    labels = np.array([label for _, label in found])
+    return _Files.encoded(lambda i: files[i], lambda i: str(files[i]), labels, root.name)
 
 
-def _npz(path: Path) -> ImageSet:
+def _npz(path: Path) -> _Files:
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
@@ -115,15 +137,16 @@ def _npz(path: Path) -> ImageSet:
             raise InputError(
                 f"{path}: images are {images.dtype} {images.shape}; they must be uint8 (n, H, W, 3), one a label"
             )
-        return ImageSet(lambda i: images[i], arrays["labels"], path.name)
+        size = (images.shape[2], images.shape[1])
+        return _Files(lambda i: images[i], lambda i: size, arrays["labels"], path.name)
     if {"data", "off", "lab"} <= set(arrays):
         data, off, labels = arrays["data"], arrays["off"], arrays["lab"]
         good = off.ndim == 1 and len(off) in (len(labels), len(labels) + 1) and data.dtype == np.uint8
         if not good or (np.diff(off) < 0).any() or (len(off) and (off[0] < 0 or off[-1] > data.size)):
             raise InputError(f"{path}: 'off' does not cut 'data' into {len(labels)} files")
         ends = off[1:] if len(off) > len(labels) else np.append(off[1:], data.size)
-        return ImageSet(
-            lambda i: decode(io.BytesIO(data[off[i] : ends[i]].tobytes()), f"{path}: image {i}"), labels, path.name
+        return _Files.encoded(
+            lambda i: io.BytesIO(data[off[i] : ends[i]].tobytes()), lambda i: f"{path}: image {i}", labels, path.name
         )
     raise InputError(
         f"{path}: holds {', '.join(arrays) or 'nothing'}; needed are images and labels, or data, off and lab"
@@ -140,4 +163,32 @@ def decode(file: Path | io.BytesIO, what: str) -> np.ndarray:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{what}: not an image that can be read ({type(error).__name__})") from error
+        raise _unreadable(what, error) from error
+
+
+_ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
+"""What whole files end with; where something follows, or in other formats, only decoding tells."""
+
+
+def encoded_size(file: Path | io.BytesIO, what: str) -> tuple[int, int]:
+    """(width, height) of an encoded image, from its header; it is decoded only if it does not end as whole files do.
+
+    Raises:
+        InputError: it is none, or is cut short; names it as `what`.
+    """
+    try:
+        with file.open("rb") if isinstance(file, Path) else file as handle, Image.open(handle) as image:
+            end = _ENDS.get(image.format or "", b"")
+            handle.seek(-max(len(end), 1), io.SEEK_END)
+            whole = bool(end) and handle.read() == end
+            handle.seek(0)
+            if not whole:
+                with Image.open(handle) as again:
+                    again.load()
+            return image.size
+    except (UnidentifiedImageError, OSError) as error:
+        raise _unreadable(what, error) from error
+
+
+def _unreadable(what: str, error: Exception) -> InputError:
+    return InputError(f"{what}: not an image that can be read ({type(error).__name__})")

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from qexport.distill import Samples, drawn_latents, drawn_tokens, image_tokens
-from qexport.distill.data import timestep_place, with_null_labels
+from qexport.distill.data import with_null_labels
 from qexport.errors import InputError
 from qexport.family import Generator
 from qexport.reference import torch_player
+from qexport.reference.timestep import timestep_place
 from qexport.verify.quality import drawn_by
 
 

@@ -16,9 +16,9 @@ import torch
 from qexport.pipeline import load_generator
 from qexport.recipe import recipe_for
 from qexport.reference import torch_player
+from qexport.reference.forced import forced_logits
 from qexport.reference.twin import quantised_twin
 from qexport.solve import solve
-from qexport.verify.forced import forced_logits
 from qexport.verify.quality import drawn_by, torch_logits
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
@@ -99,7 +99,7 @@ def test_sweeps_in_order_and_one_model_at_a_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["W2A8", "W4A4"])
 def test_rounded_inputs_are_judged_as_the_plan_computes_them(scheme: str) -> None:
-    """In one pass what `qexport.verify.forced` takes scale by scale; and not what the model says without rounding."""
+    """In one pass what `qexport.reference.forced` takes scale by scale; not what the model says without rounding."""
     plain = load_generator("var-c10-d2")
     recipe = recipe_for(work.SCHEMES[scheme], plain.default_layers, "test", "rtn")
     solution = solve(plain, recipe)

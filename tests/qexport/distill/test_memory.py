@@ -53,7 +53,7 @@ def test_estimate_by_hand() -> None:
     assert judged == int(MARGIN * (weights * (4 + 2 + 12) + 16 * 2 * 64 * 4))  # more than one sample of training
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("_MOMENTS", 0), ("_GRADIENT", 0), ("_CODES", 0), ("_OUTPUTS", 3)])
+@pytest.mark.parametrize(("name", "wrong"), [("_MOMENTS", 0), ("_GRADIENT", 0), ("_CODES", 0), ("OUTPUTS", 3)])
 def test_mutation_what_is_forgotten_is_noticed(name: str, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, name, wrong)
     with pytest.raises(AssertionError):
@@ -105,6 +105,8 @@ def test_what_would_take_less_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         require_memory(6 * 10**8, replace(ONE, batch=2, recompute=True, sharded=True), 2)
     with pytest.raises(InputError, match=r"\(--batch\), or --train recompute$"):
         require_memory(2 * 10**9, replace(ONE, offload=True))
+    with pytest.raises(InputError, match=r"needs at least 2\.0 GB, 1\.0 GB are free; .*--batch\), or --train offload$"):
+        require_memory(2 * 10**9, ONE, least=True)  # what recompute saves is not counted there
 
 
 def test_available_memory_is_that_of_this_machine() -> None:

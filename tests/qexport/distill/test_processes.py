@@ -20,9 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
+import torch.distributed as dist
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
-from qexport.distill import Distillation, DistillSettings, distill, process_group
+from qexport.distill import Distillation, DistillSettings, distill, process_group, processes
 from qexport.formats import get_format
 from qexport.recipe import Recipe
 from qexport.scheme import ActivationSpec, Static
@@ -46,8 +47,9 @@ def kill(step, *rest):
     if step == 5:
         raise Killed
 
-def run(name, settings, recipe=recipe, solution=Solution(), progress=None):
-    trained = distill(generator, recipe, solution, settings, work=folder / name, progress=progress)
+def run(name, settings, recipe=recipe, solution=Solution(), progress=None, kept=True):
+    work = folder / name if kept else None
+    trained = distill(generator, recipe, solution, settings, work=work, progress=progress)
     codes = {name: weight.codes.tolist() for name, weight in trained.solution.weights.items()}
     scales = [float(one.scale) for one in trained.solution.activations.values()]
     found[name] = {"losses": trained.report["losses"], "judged": trained.report["judged"], "codes": codes, "in": scales}
@@ -57,6 +59,7 @@ with process_group():
     run("rounded", plain, *rounded)
     if os.environ["WORLD_SIZE"] == "2":
         run("sharded", replace(plain, sharded=True))
+        run("without a folder", plain, kept=False)
         run("sharded rounded", replace(plain, sharded=True), *rounded)
         run("sharded averaged", replace(averaged, sharded=True))
         try:
@@ -65,6 +68,10 @@ with process_group():
             run("cut", replace(averaged, sharded=True))
     else:
         run("averaged", averaged)
+        processes.join("cpu")
+        run("joined", plain)
+        run("joined sharded", replace(plain, sharded=True))
+        dist.destroy_process_group()
 (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
 """
 
@@ -132,6 +139,23 @@ def test_a_student_in_parts_has_the_loss_curve_of_one(
 def test_a_student_in_parts_goes_on_after_being_killed(runs: dict[int, list[dict]]) -> None:
     for rank in runs[2]:
         assert rank["cut"] == rank["sharded averaged"]
+
+
+@pytest.mark.slow
+def test_samples_that_no_folder_holds_are_those_of_the_first(runs: dict[int, list[dict]]) -> None:
+    for rank in runs[2]:
+        assert rank["without a folder"] == rank["plain"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("joined", ["joined", "joined sharded"])
+def test_one_process_that_is_joined_has_the_loss_curve_of_one_alone(runs: dict[int, list[dict]], joined: str) -> None:
+    """DistributedDataParallel and `fully_shard` over a mesh of one: what tests/gpu runs where there is one GPU."""
+    (found,) = runs[1]
+    for name in ("losses", "judged"):
+        torch.testing.assert_close(
+            torch.tensor(found[joined][name]), torch.tensor(found["plain"][name]), rtol=ORDER_OF_ADDITIONS, atol=0
+        )
 
 
 def test_alone_nothing_is_reduced() -> None:

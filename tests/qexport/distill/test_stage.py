@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -11,18 +12,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFile
 from tracing import traced_once
 
 from qexport import pipeline
+from qexport import solve as solve_module
 from qexport.bundle import Bundle
-from qexport.distill import Distillation, DistillSettings
+from qexport.distill import Distillation, DistillSettings, memory
+from qexport.distill.least import least_bytes
 from qexport.distill.tasks import TokenTask
 from qexport.errors import InputError
 from qexport.family import Generator
+from qexport.quantize import assign_rules, places_of
 from qexport.recipe import Recipe, Rule, recipe_for
 from qexport.scheme import preset
 from qexport.solution import Solution
 from qexport.training import CONTROL, Training, fine_tune, method_of, prepare, require_trainable
+from qexport.verify.images import open_images
 
 SETTINGS = DistillSettings(
     steps=6, batch=16, lr=0.02, samples=48, held_out=16, evaluate_every=2, checkpoint_every=2
@@ -174,15 +180,123 @@ def test_images_that_cannot_be_used_are_said_before_anything_slow(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_images_of_another_size_and_files_that_are_none_are_said(quantize, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is 8×8; this model takes 6×6"):
-        quantize(Training(SETTINGS, images(tmp_path / "big.npz", 4, side=8)), out=tmp_path / "out")
-    (tmp_path / "folder" / "cats").mkdir(parents=True)
-    for name in ("a.png", "b.png"):
-        (tmp_path / "folder" / "cats" / name).write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"\.png: not an image that can be read"):
+def encoded(kind: str, side: int = 6) -> bytes:
+    held = io.BytesIO()
+    pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
+    Image.fromarray(pixels).save(held, kind)
+    return held.getvalue()
+
+
+@pytest.fixture
+def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test with it fails if anything is decided, calibrated or solved."""
+    monkeypatch.setattr(pipeline, "decide", lambda *given: pytest.fail("it decided"))
+    monkeypatch.setattr("qexport.solve.solve", lambda *given, **named: pytest.fail("it solved"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a.png", b"no picture", r"a\.png: not an image that can be read"),
+        ("a.png", b"", r"a\.png: not an image that can be read"),
+        ("a.png", encoded("PNG", 8), "is 8×8; this model takes 6×6"),
+        ("a.jpg", encoded("JPEG", 8), "is 8×8; this model takes 6×6"),
+        ("a.png", encoded("PNG")[:-30], r"a\.png: not an image that can be read"),  # cut short, its header sound
+        ("a.jpg", encoded("JPEG")[:-30], r"a\.jpg: not an image that can be read"),
+    ],
+)
+def test_a_bad_file_is_said_before_anything_is_solved(
+    quantize, nothing_slow: None, tmp_path: Path, name: str, data: bytes, says: str
+) -> None:
+    cats = tmp_path / "folder" / "cats"
+    cats.mkdir(parents=True)
+    for i in range(3):
+        (cats / f"good{i}.png").write_bytes(encoded("PNG"))
+    (cats / name).write_bytes(data)
+    with pytest.raises(InputError, match=says):
         quantize(Training(SETTINGS, tmp_path / "folder"), out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("bad", [8, 0])
+def test_a_bad_image_of_an_archive_is_said_before_anything_is_solved(
+    quantize, nothing_slow: None, tmp_path: Path, bad: int
+) -> None:
+    if bad:
+        with pytest.raises(InputError, match=r"is 8×8; this model takes 6×6"):
+            quantize(Training(SETTINGS, images(tmp_path / "big.npz", 4, side=bad)), out=tmp_path / "out")
+    files = [encoded("JPEG"), encoded("JPEG", bad) if bad else b"nothing", encoded("PNG")]
+    ends = np.cumsum([0, *map(len, files)])
+    data = np.frombuffer(b"".join(files), np.uint8)
+    np.savez(tmp_path / "files.npz", data=data, off=ends, lab=np.arange(3))
+    with pytest.raises(InputError, match="image 1 is 8×8" if bad else "image 1: not an image"):
+        quantize(Training(SETTINGS, tmp_path / "files.npz"), out=tmp_path / "out")
+
+
+def test_sound_files_are_looked_at_without_decoding(tiny: Generator, tmp_path: Path, monkeypatch) -> None:
+    """Those with the end of a whole file; what other formats hold, and what has something behind, is decoded."""
+    decoded: list[str] = []
+    true_load = ImageFile.ImageFile.load
+
+    def load(self):
+        decoded.append(Path(self.fp.name).name)
+        return true_load(self)
+
+    folder = tmp_path / "cats"
+    folder.mkdir()
+    jpeg = encoded("JPEG")
+    for name, data in {"a.png": encoded("PNG"), "b.jpg": jpeg, "c.bmp": encoded("BMP"), "d.jpg": jpeg + b"\0"}.items():
+        (folder / name).write_bytes(data)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    found = prepare(tiny, Training(SETTINGS, tmp_path))
+    assert found is not None
+    assert sorted(decoded) == ["c.bmp", "d.jpg"]
+
+
+def test_of_a_big_folder_only_what_is_learned_on_is_looked_at(tiny: Generator, tmp_path: Path, monkeypatch) -> None:
+    looked: list[int] = []
+    held = images(tmp_path / "mine.npz", 60)
+    true_open = open_images
+
+    def seen(*given, **named):
+        found = true_open(*given, **named)
+        return replace(found, check=looked.append)
+
+    monkeypatch.setattr("qexport.training.open_images", seen)
+    few = Training(replace(SETTINGS, steps=2, batch=8, held_out=4), held)
+    prepare(tiny, few)
+    assert len(set(looked)) == len(looked) == 20
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["by the model alone", "by the recipe"])
+def test_too_little_memory_is_said_before_anything_is_solved(
+    quantize, tiny: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    bare = least_bytes(tiny, SETTINGS)
+    monkeypatch.setattr(memory, "available_bytes", lambda: bare + 1000 if known else bare - 1)
+    monkeypatch.setattr("qexport.solve.solve", lambda *given, **named: pytest.fail("it solved"))
+    decided: list[object] = []
+    monkeypatch.setattr(pipeline, "assign_rules", lambda *given: decided.append(given) or assign_rules(*given))
+    with pytest.raises(InputError, match=r"^distillation needs at least .* GB, .* GB are free; make the batch smaller"):
+        quantize(out=tmp_path / "out")
+    assert bool(decided) == known
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_only_the_student_shows_is_still_said_later(
+    quantize, tiny: Generator, tiny_w2: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved: list[object] = []
+    true_solve = solve_module.solve
+    monkeypatch.setattr(solve_module, "solve", lambda *given, **named: solved.append(1) or true_solve(*given, **named))
+    matrices = places_of(tiny, assign_rules(tiny, tiny_w2)).values()
+    trained = sum(tiny.graph(graph).parameters()[name].numel() for graph, name in matrices)
+    settings = replace(SETTINGS, batch=1600)
+    least = least_bytes(tiny, settings, 1, trained)
+    monkeypatch.setattr(memory, "available_bytes", lambda: least)
+    with pytest.raises(InputError, match=r"^distillation needs about .* GB are free"):
+        quantize(Training(settings), out=tmp_path / "out")
+    assert solved
 
 
 def test_a_denoiser_gets_the_control_and_no_choice_of_loss(dit: Generator, tmp_path: Path) -> None:
