@@ -6,7 +6,7 @@ Legend: K inputs, N outputs. Names of forms as in `qexport.targets.device_table`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -55,10 +55,14 @@ def _plain(inputs: int, outputs: int, half: bool) -> tuple[list[NodeProto], list
     return [], [numpy_helper.from_array(w_KN, "w")]
 
 
-def _int4(block: int) -> Callable[[int, int, bool], tuple[list[NodeProto], list[TensorProto]]]:
+def _blocks(bits: int, block: int) -> Callable[[int, int, bool], tuple[list[NodeProto], list[TensorProto]]]:
+    """Packed codes of 4 or 2 bits; ternary ones lie in the latter."""
+
     def make(inputs: int, outputs: int, half: bool) -> tuple[list[NodeProto], list[TensorProto]]:
-        codes = np.random.default_rng(SEED).integers(-8, 8, inputs * outputs)
-        stored = helper.make_tensor("codes", TensorProto.INT4, (inputs, outputs), codes.tolist())
+        most = 1 << (bits - 1)
+        codes = np.random.default_rng(SEED).integers(-most, most, inputs * outputs)
+        kind = TensorProto.INT4 if bits == 4 else TensorProto.INT2
+        stored = helper.make_tensor("codes", kind, (inputs, outputs), codes.tolist())
         return _dequantize([stored], (-(-inputs // block), outputs), half, axis=0, block_size=block)
 
     return make
@@ -116,27 +120,37 @@ _INT8 = frozenset({"int8"})
 _STATIC = QuantTraits(with_activations=_INT8, activations=_INT8, integer=True)
 _NOTHING_FOLDED = QuantTraits(with_activations=_INT8, activations=_INT8, weight_only=frozenset({"int4"}))
 """A graph that also has weight-only layers: on CUDA nothing is folded then (`qexport.targets.ort_cuda`)."""
+_FP8 = frozenset({"fp8-e4m3"})
+_FP8_STATIC = QuantTraits(with_activations=_FP8, activations=_FP8)
+"""Weights are folded for the whole session: on the CPU always, on CUDA where no layer is weight-only."""
 _BOTH = ("cpu", "cuda")
+
+
+def _weight_only(*formats: str) -> QuantTraits:
+    return QuantTraits(weight_only=frozenset(formats))
+
 
 FORMS: Mapping[str, Form] = {
     "float32": Form(_plain, ("cpu",)),
     "float16": Form(_plain, ("cuda",)),
-    "int4-b32": Form(_int4(32), _BOTH, QuantTraits(weight_only=frozenset({"int4"}))),
-    "int4-b64": Form(_int4(64), _BOTH, QuantTraits(weight_only=frozenset({"int4"}))),
-    "int4-b128": Form(_int4(128), _BOTH, QuantTraits(weight_only=frozenset({"int4"}))),
-    "int8-channel": Form(_int8, _BOTH, QuantTraits(weight_only=_INT8)),
+    "int2-b32": Form(_blocks(2, 32), _BOTH, _weight_only("int2")),
+    "int2-b64": Form(_blocks(2, 64), _BOTH, _weight_only("int2")),
+    "int2-b128": Form(_blocks(2, 128), _BOTH, _weight_only("int2")),
+    "int4-b32": Form(_blocks(4, 32), _BOTH, _weight_only("int4")),
+    "int4-b64": Form(_blocks(4, 64), _BOTH, _weight_only("int4")),
+    "int4-b128": Form(_blocks(4, 128), _BOTH, _weight_only("int4")),
+    "int8-channel": Form(_int8, _BOTH, _weight_only("int8")),
     "int8-static": Form(_int8_with_zero, ("cpu",), _STATIC, "int8"),
     "int8-static-folded": Form(_plain, _BOTH, QuantTraits(), "int8"),
+    "fp8-static": Form(_fp8, ("cpu",), _FP8_STATIC, "fp8-e4m3"),
+    "fp8-static-folded": Form(_plain, _BOTH, _FP8_STATIC, "fp8-e4m3"),
 }
 """What `calibrate` measures. Static forms of CUDA are added below: there the exporter's zero points are in the way."""
 
 CUDA_FORMS: Mapping[str, Form] = {
     "int8-static": Form(_int8, ("cuda",), _NOTHING_FOLDED, "int8"),
-    "fp8-static": Form(
-        _fp8, ("cuda",), QuantTraits(with_activations=frozenset({"fp8-e4m3"}), weight_only=frozenset({"int4"})),
-        "fp8-e4m3",
-    ),
-}  # fmt: skip
+    "fp8-static": Form(_fp8, ("cuda",), replace(_FP8_STATIC, weight_only=frozenset({"int4"})), "fp8-e4m3"),
+}
 
 
 def forms_of(provider: str) -> dict[str, Form]:

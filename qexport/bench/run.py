@@ -86,7 +86,7 @@ def bench(
     bundles = _open(paths)
     _check(batches, runs, warm_up, threads, calls, against)
     settings = Settings(chosen, threads, schedule, calls)
-    works = {size: plan_work(bundles[0], size, schedule) for size in sorted(set(batches))}
+    works = {size: plan_work(bundles[0], size, schedule, calls) for size in sorted(set(batches))}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qexport-bench-")))
         contenders = [one for bundle in bundles for one in _of_bundle(bundle, chosen, targets, len(bundles) > 1)]
@@ -118,9 +118,8 @@ def bench(
             found = {}
             for size in turns:
                 if name in turns[size].seconds:
-                    found[size] = _batch(name, turns[size], racers, calls)
-                    if calls is None:
-                        found[size] = _with_rooflines(found[size], works[size], read[name], report)
+                    batch = _batch(name, turns[size], racers, calls)
+                    found[size] = _with_rooflines(batch, works[size], read[name], report)
             if racer.failed and racer.contender.optional:
                 report.left_out[name] = racer.failed
             report.rows.append(Row(racer.contender, racer.load_s, racer.held, found, racer.failed))

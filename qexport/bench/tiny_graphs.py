@@ -12,6 +12,8 @@ from qexport.runtime.session import open_session, session_options
 from qexport.targets import QuantTraits, session_config
 
 OPSET, IR_VERSION = 23, 11
+OPSET_OF_INT2, IR_OF_INT2 = 25, 13
+"""The first that know 2-bit integers."""
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 PLAIN = QuantTraits()
 
@@ -32,7 +34,9 @@ def model_bytes(
 ) -> bytes:
     """A model as a session takes it."""
     graph = helper.make_graph(list(nodes), "tiny", list(inputs), list(outputs), list(initialisers))
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    two_bit = any(tensor.data_type == TensorProto.INT2 for tensor in initialisers)
+    opset, ir_version = (OPSET_OF_INT2, IR_OF_INT2) if two_bit else (OPSET, IR_VERSION)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
     return model.SerializeToString()
 
 

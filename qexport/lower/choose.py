@@ -9,14 +9,22 @@ layer the rows of all calls of a batch are found (`qexport.lower.work`), and the
     memory      as stored: what is dequantised takes four to eight times the memory
     balanced    as stored, unless the other form takes less than 1 / `BALANCED_GAIN` of the time
 
-A form that the table does not have is never chosen, and the report says so. Nor is one whose gain may be noise: a form
-counts as faster only if its slowest round takes less than the fastest round of the codes (`device_table.Timing`).
+A layer whose input is quantised, too, has a third form: the product in floating point, its input no longer rounded
+(`passes.unrounded_inputs`). Where a provider has no kernel for quantised inputs, as CUDA, both others round on top of
+that product and can only be slower. It changes numbers, towards the full-precision model, so it is chosen only for
+`latency`, and only where the graph computes in float16: there `verify` allows as much as all rounding of inputs does
+(`qexport.verify.limits`), in float32 only a share of it.
+
+A change needs the times of both forms. A form that the table does not have is never chosen; a layer that is *stored* in
+one stays as it is, since nothing says what a change would bring; and the report names what to measure. Nor is one
+chosen whose gain may be noise: a form counts as faster only if its slowest round takes less than the fastest round of
+the other (`device_table.Timing`). Of two that noise cannot tell apart, the one that changes less is taken.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +40,7 @@ MODES = ("latency", "memory", "balanced")
 BALANCED_GAIN = 1.25
 """So many times faster a layer must become to be worth its memory."""
 
-STORED_ALIKE = {"int3": "int4", "int6": "int8"}
+STORED_ALIKE = {"ternary": "int2", "int3": "int4", "int6": "int8"}
 """Formats that lie in the codes of another run as that one."""
 
 
@@ -41,7 +49,7 @@ class Choice:
     """One layer's: `stored` and `chosen` are forms of `qexport.targets.device_table`.
 
     `rows` tells in how many calls of a batch it multiplies so many rows; `us` has the time of each form in all of them,
-    where it is known.
+    where it is known. `unrounded`: its input was quantised and is no longer.
     """
 
     layer: str
@@ -52,6 +60,7 @@ class Choice:
     reason: str
     rows: Mapping[int, int] = field(default_factory=dict)
     us: Mapping[str, float] = field(default_factory=dict)
+    unrounded: bool = False
 
     @property
     def dense(self) -> bool:
@@ -63,7 +72,7 @@ class Choice:
         return {
             "layer": self.layer, "graph": self.graph, "stored": self.stored, "chosen": self.chosen,
             "reason": self.reason, "rows": {str(rows): count for rows, count in sorted(self.rows.items())},
-            "us": dict(self.us),
+            "us": dict(self.us), "unrounded": self.unrounded,
         }  # fmt: skip
 
 
@@ -94,32 +103,59 @@ def _choice(row: Mapping[str, Any], work: GraphWork, table: DeviceTable, mode: s
     rows = work.rows.get(weight, Counter[int]())
 
     def made(chosen: str, reason: str, us: Mapping[str, float] | None = None) -> Choice:
-        return Choice(name, graph, weight, stored, chosen, reason, dict(rows), us or {})
+        unrounded = chosen == dtype != dense
+        note = "; its input is no longer rounded" if unrounded else ""
+        return Choice(name, graph, weight, stored, chosen, reason + note, dict(rows), us or {}, unrounded)
 
     if not rows:
         return made(stored, "it multiplies nothing whose rows are known")
     inputs, outputs = work.sizes[weight]
-    us = {form: _total(table, form, rows, inputs, outputs) for form in (stored, dense)}
-    unknown = [form for form, time in us.items() if time is None]
-    times = {form: round(time, 2) for form, time in us.items() if time is not None}
+
+    def total(form: str, figure: Figure = "us") -> float | None:
+        return _total(table, form, rows, inputs, outputs, figure)
+
+    others = [dense]
+    if dense != dtype and dtype == "float16" and mode == "latency":
+        others.append(dtype)
+    times = {form: round(time, 2) for form in (stored, *others) if (time := total(form)) is not None}
     if mode == "memory":
         return made(stored, "codes take the least memory", times)
-    if unknown:
-        return made(stored, f"the table has no {' and no '.join(unknown)}", times)
-    gain = times[stored] / times[dense]
-    if gain <= 1:
-        return made(stored, f"as stored it takes {gain:.2f} of the time of {dense}", times)
+    unknown = [form for form in (stored, *others) if form not in times]
+    lacking = f"the table has no {' and no '.join(unknown)}" if unknown else ""
+    known = [form for form in others if form in times]
+    if stored not in times or not known:
+        return made(stored, lacking, times)
     # What the table cannot tell apart stays as it is: no memory is paid for noise, and the next table says the same.
-    fastest = _total(table, stored, rows, inputs, outputs, "low_us")
-    slowest = _total(table, dense, rows, inputs, outputs, "high_us")
-    assert fastest is not None  # both forms are in the table
-    assert slowest is not None
-    if fastest <= slowest:
-        doubt = f"{dense} {gain:.2f} times as fast, up to {gain * slowest / fastest:.2f} may be noise"
-        return made(stored, f"within the spread: kept as stored ({doubt})", times)
-    if mode == "balanced" and gain < BALANCED_GAIN:
-        return made(stored, f"{dense} would be {gain:.2f} times as fast, too little for its memory", times)
-    return made(dense, f"{gain:.2f} times as fast as {stored}", times)
+    best = stored
+    for form in known:
+        if _less(total(form, "high_us"), total(best, "low_us")):
+            best = form
+    fastest = min(known, key=times.__getitem__)
+    reason = _reason(stored, best, fastest, times, total)
+    if mode == "balanced" and best != stored and times[stored] < BALANCED_GAIN * times[best]:
+        gain = times[stored] / times[best]
+        best, reason = stored, f"{best} would be {gain:.2f} times as fast, too little for its memory"
+    return made(best, "; ".join(filter(None, (reason, lacking))), times)
+
+
+def _reason(
+    stored: str, best: str, fastest: str, times: Mapping[str, float], total: Callable[[str, Figure], float | None]
+) -> str:
+    """Why `best` is taken; `fastest` is the one of the others with the least time."""
+    gain = times[stored] / times[fastest]
+    if best != stored:
+        return f"{times[stored] / times[best]:.2f} times as fast as {stored}"
+    if gain <= 1:
+        return f"as stored it takes {gain:.2f} of the time of {fastest}"
+    low, high = total(stored, "low_us"), total(fastest, "high_us")
+    assert low is not None  # both forms are in the table
+    assert high is not None
+    doubt = f"{fastest} {gain:.2f} times as fast, up to {gain * high / low:.2f} may be noise"
+    return f"within the spread: kept as stored ({doubt})"
+
+
+def _less(time: float | None, other: float | None) -> bool:
+    return time is not None and other is not None and time < other
 
 
 def forms_of(row: Mapping[str, Any], dtype: str) -> tuple[str, str]:

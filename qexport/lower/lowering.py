@@ -13,12 +13,14 @@ from typing import Any
 from qexport.bundle import Bundle, BundleWriter, Manifest, WeightFileWriter
 from qexport.bundle.files import MANIFEST, REPORTS, WEIGHTS, walk
 from qexport.errors import BundleError, InputError, UnsupportedError
+from qexport.hidden import meant_by
 from qexport.lower.choose import Choice, choose
 from qexport.lower.decoder_range import DecoderRange, decoder_of, measure_range
 from qexport.lower.graphs import RewriteCount, check_graph, read_graph, rewrite, write_graph
 from qexport.lower.passes.dense_weights import DenseWeights
 from qexport.lower.passes.fused_attention import FusedAttention
 from qexport.lower.passes.half import HalfPrecision, StatePorts
+from qexport.lower.passes.unrounded_inputs import UnroundedInputs
 from qexport.lower.rewrite import Rewrite
 from qexport.lower.targets import Target, find_target
 from qexport.lower.work import plan_work
@@ -167,6 +169,9 @@ def _write(
             model = read_graph(file)
             dense = {choice.weight for choice in choices if choice.dense and choice.graph == name}
             steps = _steps(target, dtype, dense, state_ports(bundle.manifest, name), name == half_decoder)
+            unrounded = {choice.weight for choice in choices if choice.unrounded and choice.graph == name}
+            if unrounded:  # first: what is left is a layer like any other
+                steps.insert(0, UnroundedInputs(unrounded))
             counts[name] = rewrite(model, steps)
             if any(count.rewritten for count in counts[name].values()):
                 graphs[name] = f"{folder}/{name}.onnx"
@@ -224,4 +229,4 @@ def _link(source: Path, destination: Path) -> None:
         try:
             shutil.copyfile(source, destination)
         except OSError:
-            raise InputError(f"{destination}: cannot be written ({error.strerror})") from error
+            raise InputError(f"{meant_by(str(destination))}: cannot be written ({error.strerror})") from error

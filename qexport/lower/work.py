@@ -26,6 +26,7 @@ from qexport.bundle import Bundle
 from qexport.errors import BundleError
 from qexport.plan import dim_size
 from qexport.runtime import Player
+from qexport.runtime.clock import play_once
 from qexport.runtime.inputs import label_input
 from qexport.runtime.ort_backend import PortType
 
@@ -60,8 +61,10 @@ class GraphWork:
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def plan_work(bundle: Bundle, batch: int, schedule: str | None = None) -> dict[str, GraphWork]:
-    """The work of one batch of `batch` images, by graph.
+def plan_work(
+    bundle: Bundle, batch: int, schedule: str | None = None, calls: int | None = None
+) -> dict[str, GraphWork]:
+    """The work of one batch of `batch` images, or of its first `calls` calls of graphs, by graph.
 
     Raises:
         BundleError: shapes cannot be followed through a graph.
@@ -71,7 +74,7 @@ def plan_work(bundle: Bundle, batch: int, schedule: str | None = None) -> dict[s
     plan = bundle.plan if schedule is None else bundle.plan.with_schedule(schedule)
     port = label_input(plan)
     inputs = {port.name: np.zeros(batch, np.int64)} if port else {}
-    Player(plan, backend, bundle.tables()).play(inputs, batch=batch)
+    play_once(Player(plan, backend, bundle.tables()), inputs, batch, calls)  # stops where a bench of `calls` does
     return backend.work
 
 

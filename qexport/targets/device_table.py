@@ -3,10 +3,12 @@
 A form is what multiplies by the weight [K, N], K inputs and N outputs, on M rows:
 
     float32, float16     a constant weight in the type that the graph computes in
-    int4-b32, int8-channel …   weight-only codes that the provider fuses (MatMulNBits), by block or per channel
+    int4-b32, int8-channel …   weight-only codes that the provider fuses (MatMulNBits), by block or per channel; ternary
+                         codes are int2-b32 and so on
     int8-static          int8 weights and activations of a known scale, as the provider runs them
     int8-static-folded   the same Q/DQ on activations in front of a constant weight that was dequantised at load
     fp8-static           fp8 weights and activations of a known scale, as the provider runs them
+    fp8-static-folded    as int8-static-folded
 
 A time is the median of the medians of several rounds; the least and the greatest of these bound what noise can do.
 

@@ -4,8 +4,9 @@ TensorRT builds an engine for the shapes that it sees and reads Q/DQ as precisio
 scales, int4 weights in blocks of 64 or 128. `exact` keeps float32 elsewhere; `serve` lets it take float16 kernels.
 What a bundle must be for it, `qexport.lower` checks.
 
-The RTX variant is a plug-in package of its own (`onnxruntime-ep-nv-tensorrt-rtx-cu13`) with other option names; it has
-not been tried.
+The RTX variant is a plug-in package of its own (`onnxruntime-ep-nv-tensorrt-rtx-cu13`) with other option names, and no
+target here. Version 0.5.0 registers with onnxruntime-gpu 1.31.1 on an H100 and offers no device there: that has compute
+capability 9.0, and the library supports 8.6, 8.9, and 12.0 and above (`research/tensorrt_rtx`).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from qexport.bench.report import Batch, BenchReport, Row
 from qexport.bench.run import bench
 from qexport.bench.timing import Turns, race
 from qexport.errors import BundleError, InputError
+from qexport.lower.work import plan_work
 from qexport.targets import QuantTraits, session_config
 
 QUICK = {"batches": (1,), "runs": 3, "warm_up": 0, "threads": 1, "provider": "cpu", "calls": 2}
@@ -52,6 +53,16 @@ def test_whole_images_have_rooflines(w4_bundle, tmp_path):
     assert set(lines) == {"step", "decode"}
     assert all(line.flops > 1e8 and line.bytes > 1e6 and line.share > 0 for line in lines.values())
     assert not (path / "reports").exists()
+
+
+def test_the_calls_that_are_played_have_rooflines(w4_bundle):
+    """Work and floor are those of the calls, not of whole images: a share of the time of two calls would exceed 1."""
+    report = bench([w4_bundle.path], against=(), reports=False, **{**QUICK, "runs": 1})
+    lines = report.rows[0].batches[1].rooflines
+    assert set(lines) == {"step"}  # the decoder was not played
+    assert lines["step"].flops == plan_work(w4_bundle, 1, calls=2)["step"].flops
+    assert lines["step"].flops < plan_work(w4_bundle, 1)["step"].flops / 5
+    assert lines["step"].share > 0
 
 
 def test_fixed_addresses_take_part(w4_bundle):

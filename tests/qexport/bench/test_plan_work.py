@@ -38,3 +38,13 @@ def test_operations_of_a_transformer(w4_bundle):
 def test_bytes_of_ports(w4_bundle):
     decode = plan_work(w4_bundle, 2)["decode"]
     assert decode.port_bytes == 2 * (32 * 64 + 3 * 32 * 32) * 4
+
+
+def test_the_first_calls_only(w4_bundle):
+    """What a bench of so many calls plays: the first scales, and no decoder."""
+    work = plan_work(w4_bundle, 3, calls=2)
+    assert (work["step"].calls, work["decode"].calls) == (2, 0)
+    assert work["step"].rows["blocks.1.ffn.fc1.weight"] == Counter({2 * 3 * tokens: 1 for tokens in SCALES[:2]})
+    whole, all_calls = plan_work(w4_bundle, 3), plan_work(w4_bundle, 3, calls=len(SCALES) + 1)
+    assert all_calls == whole
+    assert 0 < work["step"].flops < whole["step"].flops * sum(SCALES[:3]) / sum(SCALES)

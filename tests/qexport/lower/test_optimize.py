@@ -120,6 +120,8 @@ def test_tensorrt_chooses_by_itself(copied, w4_bundle, monkeypatch):
     [
         ({"format": "int4", "group_size": 64}, "int4-b64", "float16"),
         ({"format": "int3", "group_size": 32}, "int4-b32", "float16"),
+        ({"format": "int2", "group_size": 128}, "int2-b128", "float16"),
+        ({"format": "ternary", "group_size": 32}, "int2-b32", "float16"),
         ({"format": "int8"}, "int8-channel", "float16"),
         ({"format": "int6", "activation_format": "int8"}, "int8-static", "int8-static-folded"),
         (
