@@ -3,17 +3,20 @@
     python benchmarks/scaling_analysis.py --images cifar_test.npz
 
 Round to nearest, groups of 32, block matrices; torch on the CPU in float32, no bundle. Sections (`--sections`):
-`middle` (error of the residual stream), `flips` (VAR: errors before and after the draw), `control` (DiT: clean latents
-put onto a k-means codebook), `control_fd` (FD of these), `kinds` (sensitivity per kind of layer), `moderators`
-(guidance and filters). Each is written to results/scaling_analysis.json when it is done and not measured again;
-`--again` does. At the end all figures are drawn: results/scaling_analysis-*.svg and .png. The data set is read, never
-copied.
+`middle` (error of the residual stream), `flips` (VAR: errors before and after the draw), `flips_between` (widths
+against each other), `control` (DiT: clean latents put onto a k-means codebook), `control_fd` (FD of these), `kinds`
+(sensitivity per kind of layer), `moderators` (guidance and filters). Every figure has a 95 % interval, by drawing
+images with replacement. Each section is written to results/scaling_analysis.json when it is done and not measured
+again; `--again` does. At the end all figures are drawn: results/scaling_analysis-*.svg and .png. The data set is
+read, never copied.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +28,12 @@ from qexport.compare import make_judge
 from qexport.family import Generator, find_model
 from qexport.scaling.analysis import plots
 from qexport.scaling.analysis.codebook import Codebook
+from qexport.scaling.analysis.draws import Draws, at_equal_kl
+from qexport.scaling.analysis.estimate import to_json
 from qexport.scaling.analysis.flips import flips
 from qexport.scaling.analysis.kinds import sensitivity_of_kinds
 from qexport.scaling.analysis.middle import middle_errors
-from qexport.scaling.analysis.moderators import frechet, moderated, settings_of
+from qexport.scaling.analysis.moderators import fd_difference, moderator_rows
 from qexport.scaling.analysis.rediscretise import EACH, NONE, controls, decoded
 from qexport.scaling.analysis.subject import rounded
 from qexport.verify.environment import describe_environment
@@ -67,11 +72,33 @@ class Bench:
         """Width → what draws make of errors; None for a model that draws nothing."""
         if self.full.draw is None:
             return None
-        found = {bits: flips(self.full, self.rounded(bits), samples=self.options.samples) for bits in self.options.bits}
         return {
-            bits: {"overall": d.overall(), "per_call": d.per_call(), "by_error": d.by_error(), "n": d.samples}
-            for bits, d in found.items()
+            bits: {
+                "overall": to_json(draws.overall()),
+                "per_call": to_json(draws.per_call()),
+                "by_error": to_json(draws.by_error()),
+                "n": draws.samples,
+            }
+            for bits, draws in self.drawn.items()
         }
+
+    def flips_between(self) -> Any:
+        """Growth of errors from each width to each later one, and flips between them at equal KL; None as above."""
+        if self.full.draw is None:
+            return None
+        result = {}
+        for one, other in itertools.combinations(self.drawn, 2):
+            few, many = self.drawn[other].overall(), self.drawn[one].overall()
+            growth = {name: few[name] / many[name] for name in ("kl", "soft", "race_hard")}
+            equal_kl = at_equal_kl(self.drawn[one], self.drawn[other])
+            result[f"W{one} to W{other}"] = to_json({**growth, "race_flip_at_equal_kl": equal_kl})
+        return result
+
+    @cached_property
+    def drawn(self) -> dict[int, Draws]:
+        """Width → every draw."""
+        samples = self.options.samples
+        return {bits: flips(self.full, self.rounded(bits), samples=samples) for bits in self.options.bits}
 
     def control(self) -> Any:
         """Codebook → ways of a denoiser; None for a model that does not denoise."""
@@ -96,8 +123,11 @@ class Bench:
         for label, model in [("fp", self.full), *((f"W{bits}", self.rounded(bits)) for bits in self.options.bits)]:
             for way in (NONE, EACH):
                 images = decoded(model, book, way, images=self.options.fd)
-                found[f"{label} {way}"] = measure_fd(images, self.full.features, 0).to_json()
-        return found
+                found[label, way] = measure_fd(images, self.full.features, 0)
+        result = {f"{label} {way}": fd.to_json() for (label, way), fd in found.items()}
+        for label in dict.fromkeys(label for label, _ in found):
+            result[f"{label} {EACH} over {NONE}"] = fd_difference(found[label, EACH], found[label, NONE])
+        return result
 
     @cached_property
     def latents(self) -> torch.Tensor:
@@ -110,21 +140,19 @@ class Bench:
     def kinds(self) -> Any:
         """Cost of single layers, on real images."""
         images = self.images(JUDGED_IMAGES)
-        judge = make_judge(self.full, images=self.options.images, every=self.every(JUDGED_IMAGES))
-        kinds, rows = sensitivity_of_kinds(self.full, judge)
-        return {"n": len(images), "kinds": [k.to_json() for k in kinds], "layers": [row.to_json() for row in rows]}
+        judge = make_judge(self.full, images=self.options.images, every=self.every(JUDGED_IMAGES), per_image=True)
+        kinds, layers = sensitivity_of_kinds(self.full, judge)
+        return {
+            "n": len(images),
+            "kinds": [kind.to_json() for kind in kinds],
+            "layers": [layer.row.to_json() for layer in layers],
+        }
 
     def moderators(self) -> Any:
         """One row a setting of the sampler."""
-        images, rows = self.options.fd, []
-        for settings in settings_of(self.full):
-            row: dict[str, Any] = {"settings": dict(settings)}
-            if images:
-                row["fd_fp"] = frechet(self.full, settings, images)
-            for bits in self.options.bits:
-                row[f"W{bits}"] = moderated(
-                    self.full, self.rounded(bits), settings, samples=self.options.samples, images=images
-                )
+        versions = {f"W{bits}": self.rounded(bits) for bits in self.options.bits}
+        rows = []
+        for row in moderator_rows(self.full, versions, samples=self.options.samples, images=self.options.fd):
             rows.append(row)
             print(json.dumps(row), flush=True)
         return rows
@@ -145,11 +173,18 @@ class Bench:
 SECTIONS: dict[str, Callable[[Bench], Any]] = {
     "middle": Bench.middle,
     "flips": Bench.flips,
+    "flips_between": Bench.flips_between,
     "control": Bench.control,
     "control_fd": Bench.control_fd,
     "kinds": Bench.kinds,
     "moderators": Bench.moderators,
 }
+
+
+def written(data: Any) -> str:
+    """JSON text, lists of numbers on one line each."""
+    text = json.dumps(data, indent=1)
+    return re.sub(r"\[\s+([^\[\]{}\"]*?)\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", text) + "\n"
 
 
 def draw(data: dict[str, Any], folder: Path) -> None:
@@ -202,7 +237,7 @@ def main() -> None:
             found[section] = json.loads(json.dumps(measured))
             found.setdefault("samples", {})[section] = options.samples
             temporary = options.out.with_suffix(".tmp")
-            temporary.write_text(json.dumps(data, indent=1) + "\n")
+            temporary.write_text(written(data))
             temporary.replace(options.out)
             print(f"{name}: {section} done", flush=True)
     draw(data, options.out.parent)

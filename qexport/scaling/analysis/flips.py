@@ -18,13 +18,12 @@ them, and the same noise. For every draw:
 An error below the gap between two tokens is forgiven entirely (hard = 0), one above it is replaced by the distance of
 two codes. Whether that is better on average than handing on the continuous error is the question.
 
-Legend: R draws, B images, L tokens of a call, V codes, Z numbers of a code.
+Legend: B images, L tokens of a call, V codes, Z numbers of a code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,53 +33,11 @@ from torch import Tensor, nn
 from qexport.errors import UnsupportedError
 from qexport.family import Generator
 from qexport.runtime import CallRecord
+from qexport.scaling.analysis.draws import COLUMNS, Draws
 from qexport.scaling.analysis.subject import subject_of
 from qexport.verify.trajectory import label_inputs, labels_for
 
 UNFILTERED = {"top_k": 0, "top_p": 0.0}
-BINS = 10
-"""Draws are sorted by KL into so many equal bins."""
-
-_COLUMNS = ("kl", "tv", "logit_error", "flip", "hard", "soft", "code", "mean", "race_flip", "race_hard", "race_code")
-
-
-@dataclass(frozen=True)
-class Draws:
-    """One row a draw: `call` (R,) int64, and the columns of the module, (R,) float64 each."""
-
-    call: np.ndarray
-    columns: Mapping[str, np.ndarray]
-    samples: int
-
-    def per_call(self) -> list[dict[str, float | None]]:
-        """Means for each call; `hard` and `soft` relative to the mean of `code` and of `mean`."""
-        return [self._summary(self.call == call) for call in range(int(self.call.max()) + 1)]
-
-    def overall(self) -> dict[str, float | None]:
-        """The same over all draws."""
-        return self._summary(np.ones(len(self.call), np.bool_))
-
-    def by_error(self) -> list[dict[str, float | None]]:
-        """The same for each of `BINS` equal shares of the draws, in order of KL."""
-        order = np.argsort(self.columns["kl"], kind="stable")
-        found = []
-        for part in np.array_split(order, BINS):
-            chosen = np.zeros(len(order), np.bool_)
-            chosen[part] = True
-            found.append(self._summary(chosen))
-        return found
-
-    def _summary(self, chosen: np.ndarray) -> dict[str, float | None]:
-        means = {name: float(column[chosen].mean()) for name, column in self.columns.items()}
-        return {
-            "draws": int(chosen.sum()),
-            **{name: means[name] for name in ("kl", "tv", "logit_error", "flip", "race_flip")},
-            "hard": means["hard"] / means["code"],
-            "race_hard": means["race_hard"] / means["race_code"],
-            "soft": means["soft"] / means["mean"],
-            "hard_over_soft": means["hard"] / means["soft"] if means["soft"] else None,
-            "race_hard_over_soft": means["race_hard"] / means["soft"] if means["soft"] else None,
-        }
 
 
 def flips(
@@ -107,7 +64,8 @@ def flips(
     settings = dict(UNFILTERED if inputs is None else inputs)
     codes_VZ: Tensor | None = None
     calls: list[np.ndarray] = []
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
+    owners: list[np.ndarray] = []
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     ports = (draw.logits, draw.tokens)
 
     def compare(record: CallRecord[Tensor]) -> None:
@@ -125,12 +83,15 @@ def flips(
         )  # fmt: skip
         for name, column in rows.items():
             columns[name].append(column.double().flatten().numpy())
-        calls.append(np.full(logits_BLV.shape[0] * logits_BLV.shape[1], record.iteration))
+        images, tokens = logits_BLV.shape[:2]
+        calls.append(np.full(images * tokens, record.iteration))
+        owners.append(np.repeat(np.arange(start, start + images), tokens))
 
     for start in range(0, samples, batch):  # `compare` reads `start`
         given = {**settings, **label_inputs(full.plan, labels[start : start + batch])}
         ours.player.play(given, seed=seed, first_index=start, observer=compare, extra_outputs={draw.graph: ports})
-    return Draws(np.concatenate(calls), {name: np.concatenate(parts) for name, parts in columns.items()}, samples)
+    rows = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return Draws(np.concatenate(calls), np.concatenate(owners), rows, samples)
 
 
 def compare_draws(

@@ -6,7 +6,9 @@ Two ways of asking, on the same labels and noise:
   (where there is a cache of keys and values, it is full precision's)
 - *free*: both play by themselves: what has piled up. Where tokens are drawn, this holds tokens that differ.
 
-Legend: S calls of the graph, D blocks.
+Sums are kept for each image, and intervals are of drawing images (`qexport.scaling.analysis.estimate`).
+
+Legend: N images, S calls of the graph, D blocks.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from torch import Tensor
 
 from qexport.family import Generator
 from qexport.runtime import CallRecord
+from qexport.scaling.analysis.estimate import Estimate, estimate, relative_l2, squares, to_json
 from qexport.scaling.analysis.streams import Streams
 from qexport.scaling.analysis.subject import Subject, subject_of
-from qexport.verify.differences import Sums
 from qexport.verify.trajectory import label_inputs, labels_for
 
 FORCED, FREE = "forced", "free"
@@ -40,17 +42,32 @@ class MiddleErrors:
     `forced_state`, `free_state` (S,) of what it hands on.
     """
 
-    forced: np.ndarray
-    free: np.ndarray
-    forced_output: np.ndarray
-    free_output: np.ndarray
-    forced_state: np.ndarray
-    free_state: np.ndarray
+    forced: Estimate
+    free: Estimate
+    forced_output: Estimate
+    free_output: Estimate
+    forced_state: Estimate
+    free_state: Estimate
     samples: int
+
+    def ratios(self) -> dict[str, Estimate]:
+        """What grows with what, all of forced errors and (S,).
+
+        `depth`: after the last block over after the first; `output_over_first`, `block_over_first` (the last block) and
+        `state_over_first`: at a call over at the first one.
+        """
+        last = self.forced[:, -1]
+        return {
+            "depth": last / self.forced[:, 0],
+            "block_over_first": last / last[:1],
+            "output_over_first": self.forced_output / self.forced_output[:1],
+            "state_over_first": self.forced_state / self.forced_state[:1],
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
+        errors = {name: value for name, value in vars(self).items() if isinstance(value, Estimate)}
+        return {**to_json(errors), "ratios": to_json(self.ratios()), "samples": self.samples}
 
 
 def middle_errors(
@@ -75,8 +92,11 @@ def middle_errors(
     calls = 1 + max(call for _, call, _ in pair.sums)
     depth = len(Streams(pair.ours).blocks)
 
-    def table(way: str, places: list[int | str]) -> np.ndarray:
-        return np.array([[pair.sums[way, call, place].relative_l2 for place in places] for call in range(calls)])
+    def table(way: str, places: list[int | str]) -> Estimate:
+        cells_SD = [[pair.sums[way, call, place] for place in places] for call in range(calls)]
+        sums_SD2N = np.array([[np.concatenate(parts, axis=1) for parts in row] for row in cells_SD])
+        error_NSD, power_NSD = np.moveaxis(sums_SD2N, (2, 3), (0, 1))
+        return estimate(relative_l2, error_NSD, power_NSD)
 
     blocks: list[int | str] = list(range(depth))
     return MiddleErrors(
@@ -91,11 +111,14 @@ def middle_errors(
 
 
 class _Pair:
-    """The two models, and the sums of what was compared: way, call, and block or what the graph gives."""
+    """The two models, and the sums of what was compared: way, call, and block or what the graph gives.
+
+    One entry a batch, (2, images of the batch): Σ (x_q − x)² and Σ x².
+    """
 
     def __init__(self, ours: Subject, theirs: Subject) -> None:
         self.ours, self.theirs = ours, theirs
-        self.sums: dict[tuple[str, int, int | str], Sums] = defaultdict(Sums)
+        self.sums: dict[tuple[str, int, int | str], list[np.ndarray]] = defaultdict(list)
         self._backend = theirs.player.backend
         self._wanted: list[_Call] = []
 
@@ -123,7 +146,11 @@ class _Pair:
 
     def _add(self, way: str, call: int, found: _Call) -> None:
         wanted = self._wanted[call]
-        for block, (a, b) in enumerate(zip(found[0], wanted[0], strict=True)):
-            self.sums[way, call, block].add(a.numpy(), b.numpy())
-        for place, a, b in ((OUTPUT, found[1], wanted[1]), (STATE, found[2], wanted[2])):
-            self.sums[way, call, place].add(a.detach().numpy(), b.detach().numpy())
+        images = len(wanted[2])  # the state has one row an image; blocks have more where guidance doubles them
+        places: list[tuple[int | str, Tensor, Tensor]] = [
+            *((block, a, b) for block, (a, b) in enumerate(zip(found[0], wanted[0], strict=True))),
+            (OUTPUT, found[1], wanted[1]),
+            (STATE, found[2], wanted[2]),
+        ]
+        for place, a, b in places:
+            self.sums[way, call, place].append(np.stack(squares(a.detach().numpy(), b.detach().numpy(), images)))

@@ -1,4 +1,4 @@
-"""Figures of the analysis, in the style of the other plots."""
+"""Figures of the analysis, in the style of the other plots; bands and bars are 95 % intervals."""
 
 from __future__ import annotations
 
@@ -20,16 +20,24 @@ _DPI = 150
 _LEAST = 1e-9
 """Costs that are zero are drawn here: their axis is logarithmic."""
 
-Lines = Mapping[str, Sequence[float]]
+_CUT = 0.1
+"""Where the band of an interval that reaches zero ends on a logarithmic axis, as a share of the value."""
+
+_BAND = 0.18
+"""Opacity of an interval around a line."""
+
+Estimated = Mapping[str, Any]
+"""`Estimate.to_json`: ``value`` and ``ci95``."""
+
+Lines = Mapping[str, Estimated]
 
 
 def middle_figure(found: Mapping[str, Any], step: str) -> Figure:
     """`MiddleErrors.to_json` of one width: forced and free, one line a block, the prediction and the state dashed."""
     figure, panels = _figure(2)
     for axes, way, title in zip(panels, ("forced", "free"), ("same inputs", "each by itself"), strict=True):
-        rows = found[way]
-        depth = len(rows[0])
-        lines = {f"after block {i + 1}": [row[i] for row in rows] for i in range(depth)}
+        depth = len(found[way]["value"][0])
+        lines = {f"after block {i + 1}": _column(found[way], i) for i in range(depth)}
         _lines(axes, lines, step, "relative L2")
         _lines(axes, {"prediction": found[f"{way}_output"]}, step, "relative L2", INK, "--")
         _lines(axes, {"state": found[f"{way}_state"]}, step, "relative L2", MUTED, ":")
@@ -60,12 +68,12 @@ def flips_figure(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     }
     handing: dict[str, tuple[Any, str]] = {"race_hard": ("-", "drawn (race)"), "soft": (":", "expected code")}
     for one, colour in zip(found.values(), COLOURS, strict=False):
-        kl = [row["kl"] for row in one["by_error"]]
+        kl = [row["kl"]["value"] for row in one["by_error"]]
         for name, (style, _) in flipping.items():
-            left.plot(kl, [row[name] for row in one["by_error"]], style, color=colour, linewidth=1.5)
+            _line(left, kl, _rows(one["by_error"], name), style, color=colour)
         for name, (style, _) in handing.items():
-            rows = _positive([row[name] for row in one["per_call"]])
-            right.plot(range(1, len(rows) + 1), rows, style, color=colour, linewidth=1.5)
+            rows = _positive(_rows(one["per_call"], name))
+            _line(right, range(1, len(rows["value"]) + 1), rows, style, color=colour)
     left.set_xscale("log")
     left.set_xlabel("KL before the draw, nats")
     left.set_ylabel("share of tokens that flip")
@@ -86,8 +94,9 @@ def control_figure(found: Sequence[Mapping[str, Any]], title: str) -> Figure:
     for one in found:  # codes at the end are those of the continuous way but for the last step: drawn wide, below it
         way, (colour, width) = one["way"], _WAY_LOOKS[one["way"]]
         for axes, name in ((left, "error"), (right, "flip")):
-            steps = range(1, len(one[name]) + 1)
-            axes.plot(steps, one[name], color=colour, linewidth=width, label=_WAYS[way], zorder=10 - width)
+            steps = range(1, len(one[name]["value"]) + 1)
+            shown = _positive(one[name]) if name == "error" else one[name]
+            _line(axes, steps, shown, "-", color=colour, linewidth=width, label=_WAYS[way], zorder=10 - width)
     _logarithmic(left)
     for axes, label in ((left, "clean latents, relative L2"), (right, "share of codes that differ")):
         axes.set_xlabel("step")
@@ -99,20 +108,26 @@ def control_figure(found: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def kinds_figure(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Cost of a million weights for each kind of layer: {model: rows of `Kind.to_json`}, one panel a model."""
-    figure, panels = _figure(len(found))
+    """Cost of a million weights for each kind of layer: {model: rows of `Kind.to_json`}, two panels a row."""
+    columns = min(len(found), 2)
+    figure, panels = _figure(columns, -(-len(found) // columns), len(found))
     for axes, (model, rows) in zip(panels, found.items(), strict=True):
         formats = list(dict.fromkeys(row["format"] for row in rows))
-        at = {(row["kind"], row["format"]): max(row["cost_per_million"], _LEAST) for row in rows}
-        kinds = sorted({row["kind"] for row in rows}, key=lambda kind: at[kind, formats[0]])
+        at = {(row["kind"], row["format"]): row["cost_per_million"] for row in rows}
+        kinds = sorted({row["kind"] for row in rows}, key=lambda kind: at[kind, formats[0]]["value"])
         for name, colour in zip(formats, COLOURS, strict=False):
-            axes.plot([at[kind, name] for kind in kinds], range(len(kinds)), "o", color=colour, label=name)
+            values = [max(at[kind, name]["value"], _LEAST) for kind in kinds]
+            reach = [_reach(value, at[kind, name]["ci95"]) for value, kind in zip(values, kinds, strict=True)]
+            axes.errorbar(
+                values, range(len(kinds)), xerr=list(zip(*reach, strict=True)), fmt="o", markersize=4, color=colour,
+                linewidth=1.2, capsize=2.5, label=name,
+            )  # fmt: skip
         axes.set_yticks(range(len(kinds)), [kind.removeprefix("blocks.*.") for kind in kinds], color=INK)
         axes.set_xscale("log")
         axes.grid(axis="both", color=GRID, linewidth=0.8)
         axes.set_title(model, color=INK, fontsize=9)
         axes.set_xlabel("cost of a million weights")
-    _legend(panels[-1])
+    _legend(panels[columns - 1])
     return figure
 
 
@@ -128,10 +143,11 @@ def save(figure: Figure, stem: Path) -> None:
         figure.savefig(stem.with_suffix(".png"), dpi=_DPI, metadata={"Software": None})
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+def _figure(columns: int, rows: int = 1, panels: int | None = None) -> tuple[Figure, list[Axes]]:
     with rc_context(STYLE):
-        figure = Figure(figsize=(_PANEL_INCHES[0] * panels + 1.0, _PANEL_INCHES[1]), layout="constrained")
-        found = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+        size = (_PANEL_INCHES[0] * columns + 1.0, _PANEL_INCHES[1] * rows)
+        figure = Figure(figsize=size, layout="constrained")
+        found = [figure.add_subplot(rows, columns, i + 1) for i in range(panels or columns * rows)]
         for axes in found:
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
@@ -141,21 +157,38 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     return figure, found
 
 
-def _lines(
-    axes: Axes, lines: Lines, x: str, y: str, colour: str | None = None, style: str = "-", log: bool = True
-) -> None:
-    for number, (name, values) in enumerate(lines.items()):
-        shown = _positive(values) if log else list(values)
+def _lines(axes: Axes, lines: Lines, x: str, y: str, colour: str | None = None, style: str = "-") -> None:
+    for number, (name, found) in enumerate(lines.items()):
+        shown = _positive(found)
+        marker = "o" if len(shown["value"]) < 12 else None
         own = colour or COLOURS[number % len(COLOURS)]
-        marker = "o" if len(shown) < 12 else None
-        axes.plot(
-            range(1, len(shown) + 1), shown, style, marker=marker, markersize=3, linewidth=1.5, color=own, label=name
-        )
-    if log:
-        _logarithmic(axes)
+        steps = range(1, len(shown["value"]) + 1)
+        _line(axes, steps, shown, style, marker=marker, markersize=3, color=own, label=name)
+    _logarithmic(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+
+
+def _line(axes: Axes, x: Sequence[float], found: Estimated, style: str, **looks: Any) -> None:
+    """A line and the band of its interval."""
+    axes.plot(x, found["value"], style, **{"linewidth": 1.5, **looks})
+    low, high = zip(*found["ci95"], strict=True)
+    axes.fill_between(x, low, high, color=looks["color"], alpha=_BAND, linewidth=0, zorder=looks.get("zorder", 2) - 1)
+
+
+def _column(found: Estimated, index: int) -> Estimated:
+    return {name: [row[index] for row in found[name]] for name in ("value", "ci95")}
+
+
+def _rows(found: Sequence[Mapping[str, Estimated]], figure: str) -> Estimated:
+    return {name: [row[figure][name] for row in found] for name in ("value", "ci95")}
+
+
+def _reach(value: float, ends: Sequence[float]) -> tuple[float, float]:
+    """How far an interval reaches below and above; not to where a logarithmic axis has no place."""
+    low, high = ends
+    return max(value - max(low, _LEAST), 0.0), max(high - value, 0.0)
 
 
 def _same_range(panels: Sequence[Axes]) -> None:
@@ -164,9 +197,14 @@ def _same_range(panels: Sequence[Axes]) -> None:
         axes.set_ylim(min(low), max(high))
 
 
-def _positive(values: Sequence[float]) -> list[float]:
-    """Zeros have no place on a logarithmic axis: they are left out."""
-    return [value if value > 0 else math.nan for value in values]
+def _positive(found: Estimated) -> Estimated:
+    """What fits a logarithmic axis: zeros are left out, bands that reach zero are cut off at `_CUT` of the value."""
+    values = [value if value > 0 else math.nan for value in found["value"]]
+    bands = [
+        (max(low, _CUT * value), math.nan if high is None else high)
+        for value, (low, high) in zip(values, found["ci95"], strict=True)
+    ]
+    return {"value": values, "ci95": bands}
 
 
 def _logarithmic(axes: Axes) -> None:

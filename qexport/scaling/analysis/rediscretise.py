@@ -11,6 +11,8 @@ noise. At every step ε = ε_θ(x_t), x̂₀ = (x_t − √(1 − ᾱ_t)·ε)/�
 Full precision and quantised model go the same way, from the same noise; what is compared is how far apart they end, and
 how many codes differ on the way.
 
+Intervals are of drawing images; all ways are compared on the same ones.
+
 Legend: B images, C latent channels, H W latent side, S steps.
 """
 
@@ -29,7 +31,7 @@ from qexport.family import DenoiserModel, Generator
 from qexport.reference import torch_player
 from qexport.runtime.noise import NoiseStream
 from qexport.scaling.analysis.codebook import Codebook
-from qexport.verify.differences import Sums
+from qexport.scaling.analysis.estimate import Estimate, estimate, relative_l2, squares, to_json
 from qexport.verify.trajectory import labels_for
 
 STEPS = 25
@@ -42,21 +44,21 @@ class Control:
     """Of one way: `error` ‖x̂₀_q − x̂₀‖ / ‖x̂₀‖ of the clean latents handed on, and `flip` the share of differing codes.
 
     Each (S,), noisiest step first; the last is where the trajectory ends. `flip` counts the codes nearest to x̂₀ also
-    where they are not used. `before` is the error of x̂₀ before it was put onto the codebook.
+    where they are not used. `before` is the error of x̂₀ before it was put onto the codebook. `over_continuous` is the
+    error at the end over that of the way `none`, a scalar.
     """
 
     way: str
-    error: tuple[float, ...]
-    before: tuple[float, ...]
-    flip: tuple[float, ...]
+    error: Estimate
+    before: Estimate
+    flip: Estimate
+    over_continuous: Estimate
     samples: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {
-            "way": self.way, "error": list(self.error), "before": list(self.before), "flip": list(self.flip),
-            "n": self.samples,
-        }  # fmt: skip
+        figures = {"error": self.error, "before": self.before, "flip": self.flip}
+        return {"way": self.way, **to_json({**figures, "over_continuous": self.over_continuous}), "n": self.samples}
 
 
 def timesteps_of(model: DenoiserModel, steps: int = STEPS) -> list[int]:
@@ -101,24 +103,29 @@ def controls(
         raise UnsupportedError(f"{full.entry.name} does not denoise")
     ours, theirs = full.denoise.model, quantised.denoise.model
     labels = labels_for(samples, full.entry.num_classes)
-    found = []
+    found: list[Control] = []
     for way in WAYS:
-        errors: list[Sums] = [Sums() for _ in timesteps_of(ours)]
-        before: list[Sums] = [Sums() for _ in errors]
-        flipped = np.zeros(len(errors))
+        rows: dict[str, list[np.ndarray]] = {"used": [], "before": [], "flip": []}  # one entry a batch, (…, S, B)
         for start in range(0, samples, batch):
             labels_B = torch.from_numpy(labels[start : start + batch])
             first = _first(full, seed, start, len(labels_B))
             wanted, other = (sample(model, first, labels_B, book, way) for model in (ours, theirs))
-            for step in range(len(errors)):
-                before[step].add(other[0][step].numpy(), wanted[0][step].numpy())
-                errors[step].add(other[1][step].numpy(), wanted[1][step].numpy())
-                differ = book.indices(other[0][step]) != book.indices(wanted[0][step])
-                flipped[step] += float(differ.float().mean()) * len(labels_B)
-        share = tuple((flipped / samples).tolist())
-        ends, starts = (tuple(total.relative_l2 for total in sums) for sums in (errors, before))
-        found.append(Control(way, ends, starts, share, samples))
+            for name, ours_S, theirs_S in (("before", wanted[0], other[0]), ("used", wanted[1], other[1])):
+                rows[name].append(_squares(theirs_S, ours_S))
+            differ = [book.indices(b) != book.indices(a) for a, b in zip(wanted[0], other[0], strict=True)]
+            rows["flip"].append(torch.stack(differ).flatten(2).double().mean(dim=2).numpy())
+        sums = {name: np.moveaxis(np.concatenate(parts, axis=-1), -1, 0) for name, parts in rows.items()}
+        error, before = (estimate(relative_l2, sums[name][:, 0], sums[name][:, 1]) for name in ("used", "before"))
+        flip = estimate(lambda mean: mean, sums["flip"])
+        continuous = found[0].error if found else error
+        found.append(Control(way, error, before, flip, error[-1] / continuous[-1], samples))
     return found
+
+
+def _squares(found_S: list[Tensor], wanted_S: list[Tensor]) -> np.ndarray:
+    """Σ (a − b)² and Σ b² of every step and image, (2, S, B)."""
+    pairs = zip(found_S, wanted_S, strict=True)
+    return np.stack([squares(a.numpy(), b.numpy(), len(a)) for a, b in pairs], axis=1)
 
 
 def decoded(
