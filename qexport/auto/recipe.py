@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from qexport.auto.allocate import Choice, allocate
-from qexport.auto.sensitivity import Sensitivity, smallest_bits
+from qexport.auto.sensitivity import Sensitivity, largest_bits, smallest_bits
 from qexport.errors import InputError
 from qexport.recipe import Calibration, Recipe, Rule
 from qexport.scheme import ActivationSpec
 
 
 def check_budget(shapes: Collection[tuple[int, int]], budget_bits: int) -> None:
-    """Refuse a budget that no choice can meet, before anything is measured. Shapes are (outputs, inputs).
+    """Refuse a budget that no choice can meet or use up, before anything is measured. Shapes are (outputs, inputs).
 
     Raises:
-        InputError: the smallest formats take more.
+        InputError: the smallest formats take more, or the largest less; the message names what is in reach.
     """
     weights = sum(rows * columns for rows, columns in shapes)
-    smallest = smallest_bits(shapes)
-    if smallest > budget_bits:
+    smallest, largest = smallest_bits(shapes), largest_bits(shapes)
+    if not smallest <= budget_bits <= largest:
+        size, instead = ("smallest", "") if budget_bits < smallest else ("largest", ", or quantise with --wbits 8")
+        limit = smallest if budget_bits < smallest else largest
+        low, high = math.ceil(100 * smallest / weights) / 100, math.floor(100 * largest / weights) / 100
         raise InputError(
-            f"the budget is {budget_bits / weights:.3g} bits a weight ({budget_bits // 8:,} bytes); the smallest "
-            f"formats take {smallest / weights:.3g} ({smallest // 8:,} bytes) with their scales"
+            f"the budget is {budget_bits / weights:.3g} bits a weight ({budget_bits // 8:,} bytes); the {size} formats "
+            f"take {limit / weights:.3g} ({limit // 8:,} bytes) with their scales: choose from {low:g} "
+            f"to {high:g} bits{instead}"
         )
 
 

@@ -16,8 +16,11 @@ from torch import Tensor
 from qexport.errors import InputError
 from qexport.family import Generator
 from qexport.pipeline import load_generator
+from qexport.recipe import Calibration, Recipe, Rule
 from qexport.reference import Interception, apply_fold, apply_folds, layer_weights, torch_player
 from qexport.runtime import CallRecord
+from qexport.scheme import preset
+from qexport.solve import solve
 
 SAME = 1e-6
 """Greatest relative L2 of any output of any call, between the folded model and the plain one, both in float64: VAR
@@ -104,6 +107,26 @@ def test_folding_leaves_the_model_as_it_was(model: str, dtype: str, limit: float
     assert len(generator.folds) == places
     apply_folds(generator, _factors(generator))
     assert _error(generator, records) < limit
+
+
+@pytest.mark.parametrize("model", ["var-c10-d2", "dit-c10-d2"])
+@pytest.mark.parametrize("smooth", ["smoothquant", "awq"])
+def test_the_factors_that_smoothing_finds_leave_the_model_as_it_was(model: str, smooth: str) -> None:
+    """Not drawn ones: calibrated, in float64 to 1e-6 and in float32 to what its rounding allows."""
+    scheme = preset(8, 8) if smooth == "smoothquant" else preset(4)
+    plain = load_generator(model)
+    rules = tuple(Rule(layers, scheme.weight, "rtn", smooth, scheme.activation) for layers in plain.default_layers)
+    schedule = "ddim-10" if plain.plan.schedules else None
+    factors = solve(plain, Recipe("folds", rules, calibration=Calibration(4, schedule=schedule))).smooth
+    assert factors
+    assert max(float(np.abs(np.log2(factor)).max()) for factor in factors.values()) > 0.25  # they do something
+    for dtype, limit in (("float64", SAME), ("float32", SAME_FLOAT32)):
+        generator = load_generator(model)
+        records = _calls(generator)
+        if dtype == "float64":
+            records = _to_float64(generator, records)
+        apply_folds(generator, factors)
+        assert _error(generator, records) < limit, dtype
 
 
 @pytest.mark.parametrize("model", MODELS)
