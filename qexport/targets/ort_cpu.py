@@ -12,7 +12,7 @@
 - Per token, activations go through Q/DQ and the weight is fused as if it were weight-only. Level 4 would quantise them
   a second time (0.6 % error), so it is not used there. int4 weights with static activations are not fused.
 - 2-bit weights behind int8 inputs of a known scale are fused to a MatMulIntegerToFloat that has no 2-bit kernel: the
-  session cannot be made. With `session.disable_quant_qdq=1` they are dequantised at every run instead.
+  session cannot be made. With `session.disable_quant_qdq=1` they are dequantised once, at load, instead.
 - Convolutions are not fused with anything (1.31.1 has QLinearConv, but only in front of another QuantizeLinear). With
   `session.disable_quant_qdq=1` their weights are dequantised once, at load, and take the usual blocked kernel.
 - Sessions with fp8 Q/DQ fail to load unless `session.disable_quant_qdq=1`, which also stops MatMulNBits fusion.
