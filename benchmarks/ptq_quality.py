@@ -202,7 +202,7 @@ class Bench:
             "judge_s": round(judge_s, 2),
             "peak_memory_bytes": peak,
             "load_average": os.getloadavg()[0],
-            "calibration": vars(self.calibration),
+            "calibration": self.calibration.to_json(),
             "device": device_name(self.device),
         }
 

@@ -168,7 +168,7 @@ class Bench:
 class RoundedLogits:
     """Teacher forcing of a model whose layers see rounded inputs; a `qexport.family.LogitModel`.
 
-    All positions in one pass, where `qexport.verify.forced` takes a plan step by step: the scales of activations must
+    All positions in one pass, where `qexport.reference.forced` takes a plan step by step: the scales of activations must
     not change between steps.
 
     Raises:

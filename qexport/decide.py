@@ -7,17 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from qexport.bundle.reports import COMPARE_REPORT, SENSITIVITY_PLOT, SENSITIVITY_REPORT
 from qexport.family import Generator
 from qexport.quantize import assign_rules
 from qexport.recipe import Recipe
 from qexport.request import Budget, Request
 
 Progress = Callable[[str, int, int], None]
-
-COMPARE_REPORT = "compare.json"
-SENSITIVITY_REPORT = "sensitivity.json"
-SENSITIVITY_PLOT = "sensitivity.svg"
-TRAINING_REPORT = "training.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ def _by_trial(generator: Generator, request: Request, progress: Progress) -> Dec
         "scheme": request.scheme.name,
         "merit": merit_name(generator),
         "chosen": best.method,
-        "calibration": vars(request.calibration(generator)),
+        "calibration": request.calibration(generator).to_json(),
         "rows": [row.to_json() for row in rows],
     }
     return Decision(recipes[best.method], {COMPARE_REPORT: _json(report)})
@@ -75,7 +71,12 @@ def _by_sensitivity(generator: Generator, request: Request, budget: Budget, prog
     progress("sensitivity", 0, len(layers))
     judge = make_judge(generator)
     rows = measure_sensitivity(
-        generator, layers, judge, progress=lambda done, total: progress("sensitivity", done, total)
+        generator,
+        layers,
+        judge,
+        progress=lambda done, total: progress("sensitivity", done, total),
+        activation=request.scheme.activation,
+        calibration=request.calibration(generator),
     )
     chosen = choose(rows, bits)
     recipe = to_recipe(

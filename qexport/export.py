@@ -17,6 +17,7 @@ from qexport.numerics.packing import pack, transposed
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.quantize import StoredWeight, assign_rules, places_of, require_exportable, stored_weights
 from qexport.recipe import Recipe, Rule
+from qexport.remarks import Remark, summary
 from qexport.scheme import PerChannel, PerGroup, TensorSpec
 from qexport.solution import Activation, Solution
 from qexport.totals import layer_row, totals
@@ -112,6 +113,8 @@ def export(
                 layers=[row for row in rows if row["layer"]],
                 totals=totals(rows),
                 training=training,
+                notes=summary([*_zero_weights(rows), *solution.remarks]),
+                calibration=recipe.calibration.to_json() if recipe.calibration.images else None,
             )
         )
         progress("write", len(graphs), len(graphs))
@@ -129,6 +132,10 @@ def _row(weight: StoredWeight, training: Mapping[str, Any] | None) -> dict[str, 
     if training is not None and row["algorithm"] and weight.graph == training["graph"]:
         row["algorithm"] = f"{row['algorithm']}+{training['method']}"
     return row
+
+
+def _zero_weights(rows: list[dict[str, Any]]) -> list[Remark]:
+    return [Remark("zero_weights", row["name"], *row["zero_groups"]) for row in rows if "zero_groups" in row]
 
 
 def _require_solved(rules: Mapping[str, Rule], solution: Solution) -> None:

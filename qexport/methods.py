@@ -31,8 +31,10 @@ class Method:
     smooth: str | None = None
 
 
-def parse_method(name: str) -> Method:
+def parse_method(name: str, besides: tuple[str, ...] = ()) -> Method:
     """The method of that name: ``gptq``, ``awq``, ``smoothquant+gptq`` …
+
+    A refusal lists `besides` too: what the caller takes in place of a method.
 
     Raises:
         InputError: a part that is unknown, or parts that do not go together.
@@ -44,4 +46,5 @@ def parse_method(name: str) -> Method:
         return Method(name, _OWN_ROUNDING[first], first)
     if plus and first in SMOOTHERS and second in ALGORITHMS:
         return Method(name, second, first)
-    raise InputError(f"unknown method {name!r}{nearest(name, METHODS)}; known are {', '.join(METHODS)}")
+    known = (*METHODS, *besides)
+    raise InputError(f"unknown method {name!r}{nearest(name, known)}; known are {', '.join(known)}")

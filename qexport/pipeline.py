@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qexport.bundle import Bundle
+from qexport.bundle.reports import TRAINING_REPORT
 from qexport.checkpoint import open_checkpoint
-from qexport.decide import TRAINING_REPORT, Decision, decide
+from qexport.decide import Decision, decide
 from qexport.errors import InputError
 from qexport.export import export, scheme_name
 from qexport.family import Generator, ModelEntry, find_model, load_random, recognise
-from qexport.quantize import assign_rules, require_exportable
+from qexport.quantize import assign_rules, require_exportable, why_not_exportable
 from qexport.recipe import Recipe
 from qexport.request import DEFAULT_METHOD, TRAINED_FROM, Request
 from qexport.scheme import Scheme, preset
@@ -37,6 +38,7 @@ def quantize(
     checkpoint: str | None = None,
     vae_checkpoint: str | None = None,
     random_weights: int | None = None,
+    calibration_data: str | Path | None = None,
     training: Training | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -54,6 +56,7 @@ def quantize(
         checkpoint: file (or folder) of the generator's weights, where it is not bundled.
         vae_checkpoint: file of the decoder's weights.
         random_weights: a seed; fills a model of that shape with random numbers instead, for engineering only.
+        calibration_data: images to calibrate on, in place of the model's own samples (`qexport.calibration_data`).
         training: fine-tune what quantisation made, before it is written. A run that is cut off leaves a folder beside
             the bundle, ``.<name>.training``, and the same call goes on from there.
         out: folder of the bundle; by default ``./qexport-out/<model>-<scheme>``.
@@ -71,6 +74,8 @@ def quantize(
     """
     if sum(given is not None for given in (scheme, request, recipe)) > 1:
         raise InputError("give one of scheme, request and recipe")
+    if recipe is None:
+        _require_sound(request or Request(scheme or preset()))  # before anything is loaded, let alone compared
     tell = progress or (lambda stage, done, total: None)
     tell("load", 0, 1)
     generator = load_generator(model, checkpoint, vae_checkpoint, random_weights)
@@ -83,6 +88,14 @@ def quantize(
         images = prepare(generator, training)  # what does not fit is said before the slow part
         trained_by = method_of(generator, training)
     asked = request or Request(scheme or preset(), TRAINED_FROM if training else DEFAULT_METHOD)
+    if calibration_data is not None or recipe is not None:
+        from qexport.calibration_data import of_recipe, on_images
+
+        given = None if calibration_data is None else Path(calibration_data)
+        if recipe is not None:
+            recipe = of_recipe(generator, recipe, given)
+        elif given is not None:
+            asked = on_images(generator, asked, given)
     decision = Decision(recipe) if recipe else decide(generator, asked, tell)
     recipe = decision.recipe
     name = scheme_name(recipe, trained_by)
@@ -95,15 +108,15 @@ def quantize(
         with _work(folder, "calibration", needs_calibration(rules.values())) as work:
             solution = solve(generator, recipe, work=work, progress=tell)
             bundle = export(generator, recipe, folder, solution=solution, overwrite=overwrite, progress=tell)
-        return _with_reports(bundle, decision.reports)
+        return _told(_with_reports(bundle, decision.reports), note)
 
     from qexport.distill import is_first, process_group, wait
     from qexport.training import fine_tune, require_trainable
 
-    require_trainable(generator, recipe)
+    require_trainable(generator, recipe, training)
     _require_free(folder, overwrite)
     with (
-        process_group(),
+        process_group(training.device),
         _work(folder, "calibration", needs_calibration(rules.values()) and is_first()) as work,
         _work(folder, "training", True) as checkpoints,
     ):
@@ -117,15 +130,22 @@ def quantize(
                 generator, recipe, folder, solution=trained.solution, training=trained.record, overwrite=overwrite,
                 progress=tell,
             )  # fmt: skip
-            _with_reports(bundle, {**decision.reports, TRAINING_REPORT: trained.report_bytes()})
+            _told(_with_reports(bundle, {**decision.reports, TRAINING_REPORT: trained.report_bytes()}), note)
         wait()
     return Bundle.open(folder, check="size")
+
+
+def _require_sound(request: Request) -> None:
+    """Refuse what no bundle can hold; with a budget, formats are chosen later."""
+    weight = request.scheme.weight if request.budget is None else None
+    if reason := why_not_exportable(weight, request.scheme.activation):
+        raise InputError(reason)
 
 
 def _require_free(folder: Path, overwrite: bool) -> None:
     """Say what `BundleWriter` would, before training and not after it."""
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder}: exists; choose another --out, or allow overwriting")
+        raise InputError(f"{folder}: exists; choose another --out, or pass --overwrite")
 
 
 @contextmanager
@@ -142,6 +162,14 @@ def _with_reports(bundle: Bundle, reports: Mapping[str, bytes]) -> Bundle:
         bundle.reports.mkdir(exist_ok=True)
         for name, data in reports.items():
             (bundle.reports / name).write_bytes(data)
+    return bundle
+
+
+def _told(bundle: Bundle, note: Callable[[str], None] | None) -> Bundle:
+    """The bundle, after the notes of its manifest were handed on."""
+    tell = note or (lambda line: None)
+    for found in bundle.manifest.notes:
+        tell(f"note: {found['text']}")
     return bundle
 
 

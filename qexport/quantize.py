@@ -19,11 +19,15 @@ from qexport.errors import InputError
 from qexport.numerics.metrics import sqnr_db
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.recipe import Recipe, Rule
-from qexport.scheme import PerGroup, PerStep, PerToken
+from qexport.scheme import ActivationSpec, PerGroup, PerStep, PerToken, TensorSpec
 from qexport.solution import Solution
 
 if TYPE_CHECKING:
     from qexport.family import Generator
+
+EXPORTED_INPUTS = ("int8", "int4", "fp8-e4m3", "fp8-e5m2")
+"""Formats of layers' inputs that a bundle can hold. QuantizeLinear saturates where its type ends, so a format narrower
+than its container is not what it does; it knows 2-bit integers from opset 25 on only, and no kernel takes them."""
 
 FP16_MAX = float(np.finfo(np.float16).max)
 
@@ -85,24 +89,41 @@ def places_of(generator: Generator, layers: Iterable[str]) -> dict[str, tuple[st
 
 
 def require_exportable(rules: Mapping[str, Rule]) -> None:
-    """Refuse formats that no ONNX graph can hold: they are for study, in torch.
+    """Refuse what no bundle can hold, or could hold but not run: such rules are for study, in torch.
 
     Raises:
-        InputError: naming the first layer with such a format.
+        InputError: naming the first layer with such a rule, and what to choose instead.
     """
     for layer, rule in rules.items():
-        weight, activation = rule.weight, rule.activation
-        if weight is not None and weight.format.onnx_type is None:
-            raise InputError(f"{layer}: {weight.format.name} is for study only, ONNX has no such type; choose another")
-        if activation is None:
-            continue
-        number_format = activation.format
-        # QuantizeLinear saturates where its type ends, so a format narrower than its container is not what it does.
-        if number_format.onnx_type is None or number_format.bits != number_format.container_bits:
-            raise InputError(
-                f"{layer}: activations in {number_format.name} cannot be exported, QuantizeLinear has no such type; "
-                "choose int8, int4, fp8-e4m3 or fp8-e5m2"
-            )
+        if reason := why_not_exportable(rule.weight, rule.activation):
+            raise InputError(f"{layer}: {reason}")
+
+
+def why_not_exportable(weight: TensorSpec | None, activation: ActivationSpec | None) -> str:
+    """Why a layer quantised so cannot be exported, and what to choose instead; empty if it can.
+
+    INT8 weights in groups behind int8 inputs of a known scale: ONNX Runtime 1.31.1 fuses them to MatMulIntegerToFloat,
+    whose kernel takes one scale a column and fails when it runs (`docs/formats.md`, `benchmarks/format_support.py`).
+    """
+    if weight is not None and weight.format.onnx_type is None:
+        return f"{weight.format.name} is for study only, ONNX has no such type; choose another"
+    if activation is None:
+        return ""
+    number_format = activation.format
+    if number_format.name not in EXPORTED_INPUTS:
+        return (
+            f"activations in {number_format.name} cannot be exported, QuantizeLinear has no such type; "
+            f"choose {', '.join(EXPORTED_INPUTS[:-1])} or {EXPORTED_INPUTS[-1]}"
+        )
+    if weight is None or weight.format.onnx_type != "INT8" or not isinstance(weight.granularity, PerGroup):
+        return ""
+    if number_format.name == "int8" and not isinstance(activation.scales, PerToken):
+        return (
+            f"{weight.format.name} weights in groups do not run behind int8 inputs whose scales are "
+            f"{activation.scales}: ONNX Runtime's kernel takes a scale for each whole row; leave --group-size out "
+            "(granularity 'channel'), or choose --act-scales token"
+        )
+    return ""
 
 
 def stored_weights(generator: Generator, recipe: Recipe, solution: Solution | None = None) -> Iterator[StoredWeight]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qexport.errors import InputError
 from qexport.formats import get_format
@@ -32,6 +32,9 @@ from qexport.scheme import (
 )
 from qexport.suggest import nearest
 
+if TYPE_CHECKING:
+    import numpy as np
+
 RECIPE_VERSION = 1
 DEFAULT_ALGORITHM = "rtn"
 
@@ -42,10 +45,11 @@ _HEADER = """\
 _RECIPE_KEYS = ("version", "name", "calibration", "rules")
 _ACTIVATION_KEYS = ("activation", "activation_scales", "activation_symmetric", "observer")
 _QUANTISE_KEYS = ("layers", "format", "granularity", "group_size", "algorithm", "smooth", *_ACTIVATION_KEYS)
-_CALIBRATION_KEYS = ("samples", "seed", "schedule")
+_CALIBRATION_KEYS = ("samples", "seed", "schedule", "images", "images_sha256")
 _KEEP_KEYS = ("layers", "keep")
 _T = TypeVar("_T", str, int, bool)
 _GRANULARITIES = ("tensor", "channel", "group")
+_SHA256_DIGITS, _HEX = 64, frozenset("0123456789abcdef")
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,37 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class CalibrationImages:
+    """The images that calibration is shown, as a recipe names them.
+
+    Args:
+        name: of the file or folder, without its path.
+        sha256: of the labels and then the pixels of those that were chosen (`qexport.calibration_data`); None in a
+            recipe written by hand takes whatever the file gives.
+        load: (first, last) → uint8 pixels (n, H, W, 3) and int64 labels (n,) of images `first` … `last` − 1. What they
+            are in this process, and no part of the recipe: one that was read from a file has None.
+
+    Raises:
+        InputError: a name that is not printable, or a hash that is none.
+    """
+
+    name: str
+    sha256: str | None = None
+    load: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _require_printable("images", self.name)
+        if self.sha256 is not None and not (len(self.sha256) == _SHA256_DIGITS and set(self.sha256) <= _HEX):
+            raise InputError(f"key 'images_sha256' is {self.sha256!r}; it must be {_SHA256_DIGITS} hexadecimal digits")
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """Which inputs the layers are shown: trajectories that the full-precision model samples.
+    """Which inputs the layers are shown: trajectories that the full-precision model samples, or given images.
 
     Image i of `samples` has class i modulo the number of classes and the noise of image i under `seed`; `schedule` is
-    one of the plan's, None for its default.
+    one of the plan's, None for its default. With `images`, as many of them are drawn under `seed` (see
+    `qexport.calibrate.shown` for what a model is fed then).
 
     Raises:
         InputError: fewer than one sample, a negative seed, or a schedule that is not printable.
@@ -96,6 +126,7 @@ class Calibration:
     samples: int = 64
     seed: int = 0
     schedule: str | None = None
+    images: CalibrationImages | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -104,6 +135,13 @@ class Calibration:
             raise InputError(f"calibration seed {self.seed} must be 0 or greater")
         if self.schedule is not None:
             _require_printable("schedule", self.schedule)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `images` and `images_sha256` only where there are any."""
+        found: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "schedule": self.schedule}
+        if self.images is not None:
+            found |= {"images": self.images.name, "images_sha256": self.images.sha256}
+        return found
 
 
 @dataclass(frozen=True)
@@ -163,10 +201,7 @@ class Recipe:
         """The recipe as TOML text, to be written in UTF-8; `from_toml` reads it back to an equal recipe."""
         lines = [_HEADER, f"version = {self.version}", f"name = {_quote(self.name)}"]
         if self.calibration != Calibration():
-            lines += ["", "[calibration]  # trajectories that the full-precision model samples"]
-            lines += [f"samples = {self.calibration.samples}", f"seed = {self.calibration.seed}"]
-            if self.calibration.schedule is not None:
-                lines.append(f"schedule = {_quote(self.calibration.schedule)}")
+            lines += ["", *_calibration_lines(self.calibration)]
         for rule in self.rules:
             lines += ["", "[[rules]]", f"layers = {_quote(rule.layers)}"]
             if rule.weight is None:
@@ -198,7 +233,8 @@ class Recipe:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"recipe {path}: cannot be read: {error}") from error
+            reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else "not text in UTF-8"
+            raise InputError(f"recipe {path}: cannot be read ({reason}); give a TOML file") from error
         try:
             return _parse(text)
         except (InputError, tomllib.TOMLDecodeError) as error:
@@ -216,6 +252,19 @@ def recipe_for(
     """The recipe of a preset: every pattern of `default_layers` quantised alike."""
     rules = [Rule(layers, scheme.weight, algorithm, smooth, scheme.activation) for layers in default_layers]
     return Recipe(name, tuple(rules) if scheme.weight else (), calibration=calibration or Calibration())
+
+
+def _calibration_lines(calibration: Calibration) -> list[str]:
+    images = calibration.images
+    shown = "trajectories that the full-precision model samples" if images is None else "images, drawn under the seed"
+    lines = [f"[calibration]  # {shown}", f"samples = {calibration.samples}", f"seed = {calibration.seed}"]
+    if calibration.schedule is not None:
+        lines.append(f"schedule = {_quote(calibration.schedule)}")
+    if images is not None:
+        lines.append(f"images = {_quote(images.name)}  # give the file itself by --calibration-data")
+        if images.sha256 is not None:
+            lines.append(f"images_sha256 = {_quote(images.sha256)}  # of the labels and pixels that were drawn")
+    return lines
 
 
 def _activation_lines(activation: ActivationSpec | None) -> list[str]:
@@ -260,9 +309,19 @@ def _parse_calibration(table: object) -> Calibration:
             samples=_typed(table, "samples", int) if "samples" in table else default.samples,
             seed=_typed(table, "seed", int) if "seed" in table else default.seed,
             schedule=_typed(table, "schedule", str) if "schedule" in table else default.schedule,
+            images=_parse_images(table),
         )
     except InputError as error:
         raise InputError(f"[calibration]: {error}") from error
+
+
+def _parse_images(table: Mapping[str, Any]) -> CalibrationImages | None:
+    if "images" not in table:
+        if "images_sha256" in table:
+            raise InputError("key 'images_sha256' has no meaning without 'images', the name of their file or folder")
+        return None
+    sha256 = _typed(table, "images_sha256", str) if "images_sha256" in table else None
+    return CalibrationImages(_typed(table, "images", str), sha256)
 
 
 def _parse_rule(table: dict[str, Any]) -> Rule:

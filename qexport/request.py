@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qexport.errors import InputError
 from qexport.family import Generator
 from qexport.methods import AUTO, Method, parse_method
-from qexport.recipe import Calibration, Recipe, Rule
+from qexport.recipe import Calibration, CalibrationImages, Recipe, Rule
 from qexport.scheme import Scheme, preset
 
 DEFAULT_METHOD = parse_method("rtn")
@@ -46,6 +46,7 @@ class Request:
     Calibration samples `samples` trajectories under `seed`; None takes what the model says of itself. `compare` names
     methods that are tried on the model; the best is taken. `budget` asks for mixed precision instead:
     then `scheme.weight` does not count. `decoder` is the scheme of the decoder's convolutions, None keeps fp16.
+    `images` are calibrated on instead of the model's own samples (`qexport.calibration_data` makes them).
 
     Raises:
         InputError: parts that contradict each other.
@@ -58,6 +59,7 @@ class Request:
     decoder: Scheme | None = None
     compare: tuple[Method, ...] = ()
     budget: Budget | None = None
+    images: CalibrationImages | None = None
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
@@ -90,7 +92,8 @@ class Request:
     def calibration(self, generator: Generator) -> Calibration:
         """What the model is calibrated on."""
         effort = generator.effort
-        return Calibration(self.samples or effort.calibration_samples, self.seed, effort.calibration_schedule)
+        samples = self.samples or effort.calibration_samples
+        return Calibration(samples, self.seed, effort.calibration_schedule, self.images)
 
     def decoder_rules(self, generator: Generator) -> list[Rule]:
         """The rules for the decoder; none where it keeps fp16."""

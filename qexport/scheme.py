@@ -229,7 +229,10 @@ def preset(
     if wbits not in names:
         widths = ", ".join(map(str, sorted(names if number_format != "int" else {16, *names})))
         raise InputError(f"--wbits {wbits} is not available with --format {number_format}; choose one of {widths}")
-    granularity = _default_granularity(wbits) if group_size is None else PerGroup(group_size)
+    usual = _default_granularity(wbits)
+    if group_size is not None and group_size < 2:
+        raise InputError(f"--group-size {group_size}: at least 2 weights share a scale; leave it out for {usual}")
+    granularity = usual if group_size is None else PerGroup(group_size)
     weight = TensorSpec(get_format(names[wbits]), granularity)
     return Scheme(weight, _activation(abits, number_format, activation_scales))
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from qexport.errors import InputError
 from qexport.numerics.quantized import QuantizedTensor
+from qexport.remarks import Remark
 from qexport.scheme import ActivationSpec, PerStep, PerToken, Static
 
 LEAST_TOKEN_SCALE = float(np.finfo(np.float32).tiny)
@@ -61,9 +62,10 @@ class Activation:
 @dataclass(frozen=True)
 class Solution:
     """`weights` by layer name (only those whose algorithm needs to see inputs, shaped (outputs, inputs)), `smooth`
-    factors (I,) float32 by name of the fold, `activations` by layer name.
+    factors (I,) float32 by name of the fold, `activations` by layer name; `remarks` are what was come upon meanwhile.
     """
 
     weights: Mapping[str, QuantizedTensor] = field(default_factory=dict)
     smooth: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     activations: Mapping[str, Activation] = field(default_factory=dict)
+    remarks: tuple[Remark, ...] = ()

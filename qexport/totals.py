@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
+
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.quantize import StoredWeight
 from qexport.scheme import PerGroup
@@ -17,7 +19,8 @@ def layer_row(weight: StoredWeight) -> dict[str, Any]:
 
     `bits_stored` and `bits_information` are per weight, scales included; `sqnr_db` is 10·log10 of signal over
     quantisation noise power, None where nothing was quantised. A layer with quantised activations has
-    `activation_format` and `activation_scales`, one whose input is smoothed `smooth`.
+    `activation_format` and `activation_scales`, one whose input is smoothed `smooth`, one with scales whose weights
+    are all zero `zero_groups`: how many of how many.
     """
     value = weight.value
     row: dict[str, Any] = {
@@ -37,6 +40,7 @@ def layer_row(weight: StoredWeight) -> dict[str, Any]:
             "bits_information": round(value.information_bits_per_weight, 6),
             "size_bytes": value.bits // 8,
             "sqnr_db": round(cast(float, weight.sqnr_db), 3),
+            **_zero_groups(weight.original, value),
             **_inputs(weight),
         }
     bits = value.dtype.itemsize * 8
@@ -71,6 +75,12 @@ def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         out[f"information_bits_per_weight_{name}"] = round(information / weights, 6) if weights else None
         out[f"share_of_fp16_{name}"] = round(size * 8 / (weights * FP16_BITS), 6) if weights else None
     return out
+
+
+def _zero_groups(original: np.ndarray, value: QuantizedTensor) -> dict[str, list[int]]:
+    scales = value.scales.size
+    zero = scales - int(np.count_nonzero(original.reshape(*value.scales.shape, -1).any(axis=-1)))
+    return {"zero_groups": [zero, scales]} if zero else {}
 
 
 def _inputs(weight: StoredWeight) -> dict[str, str]:

@@ -15,13 +15,14 @@ from qexport.graph import capture
 @contextmanager
 def traced_once() -> Iterator[None]:
     """While entered, each part is traced once; parts must not be changed meanwhile."""
-    traced: dict[int, tuple[Part, ir.Model]] = {}
+    traced: dict[tuple[object, ...], tuple[Part, ir.Model]] = {}
     trace = capture._trace
 
     def once(part: Part, sizes: Mapping[str, int]) -> ir.Model:
-        if id(part) not in traced:
-            traced[id(part)] = part, trace(part, sizes)  # the part is kept, so that no other gets its identity
-        return traced[id(part)][1]
+        key = id(part.modules[0]), part.inputs, part.outputs  # a graph without parts makes itself one every time
+        if key not in traced:
+            traced[key] = part, trace(part, sizes)  # the part is kept, so that no other module gets its identity
+        return traced[key][1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capture, "_trace", once)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qexport.errors import InputError
-from qexport_cli.files import replacing
+from qexport_cli.files import check_file, replacing
 from qexport_cli.options import CheckpointOption, JsonOption, ProviderOption, VaeCheckpointOption
 from qexport_cli.progress import work
 from qexport_cli.render import (
@@ -103,15 +103,18 @@ def bench(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure speed, memory and load time of bundles, beside floating point and torch.
+    """Measure speed, memory and load time of bundles.
 
-    All take turns in one run, each in a process of its own. The report also goes to reports/bench.json.
+    Beside them run floating point and torch. All take turns in one run, each in a process of its own. The report also
+    goes to reports/bench.json.
     """
     if out is not None and not calibrate_device:
         raise InputError("--out goes with --calibrate-device; without it the report lies in the bundle")
     if calibrate_device:
         if bundles:
             raise InputError("--calibrate-device measures the device, not a bundle; leave the bundle out")
+        if out is not None:
+            check_file("--out", out)
         _calibrate(provider, threads, out, json)
         return
     from qexport.bundle import Bundle
@@ -225,7 +228,6 @@ def _calibrate(provider: str, threads: int | None, out: Path | None, json: bool)
 
         found: Calibrated = calibrate(provider, threads, progress=progress)
     path = out or found.path
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(found.table.dumps(), encoding="utf-8")
     if json:

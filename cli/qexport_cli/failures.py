@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import typer
 
 from qexport.errors import QexportError
+from qexport.hidden import meant_by
+from qexport_cli.signals import heard
 
 USAGE = 2
 DEFECT = 70
@@ -39,11 +41,13 @@ def run(app: typer.Typer, arguments: Sequence[str], debug: bool) -> int:
     except typer.Exit as error:
         return error.exit_code
     except SystemExit as error:
+        heard()
         return error.code if isinstance(error.code, int) else DEFECT
     except BrokenPipeError:
         _discard_stdout()
         return BROKEN_PIPE
     except (Exception, KeyboardInterrupt) as error:
+        heard()
         message, code = explain(error)
         if debug or code == DEFECT:
             traceback.print_exc()
@@ -65,7 +69,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         return _line("out of memory; use a smaller batch or a machine with more memory"), USAGE
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{meant_by(str(error.filename))}: " if error.filename else ""
         return _line(f"{where}{error.strerror.lower()}"), USAGE
     usage = getattr(error, "format_message", None)  # click's and typer's usage errors share no public base class
     if usage is not None:

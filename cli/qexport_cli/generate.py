@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qexport.errors import InputError
+from qexport_cli.files import check_file, check_folder
 from qexport_cli.options import JsonOption, ProviderOption, parse_classes, parse_settings
 from qexport_cli.progress import Report, work
 from qexport_cli.render import print_facts, print_json, print_line, seconds, warning
@@ -106,7 +106,6 @@ def generate(
             for i, (label, image) in enumerate(zip(labels, pixels_NHWC, strict=True)):
                 files.append(separate / f"{i:05d}-class{label}.png")
                 write_png(files[-1], image, {**texts, "classes": str(label), "image": str(i)})
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_png(out, grid(pixels_NHWC, scale or default_scale(pixels_NHWC.shape[2])), texts)
 
     if json:
@@ -167,17 +166,9 @@ def _texts(runtime: Runtime, labels: list[int], seed: int, inputs: dict[str, Any
 
 def _check_destination(out: Path, separate: Path | None) -> None:
     """Refuse, before any work, a place that cannot be written."""
-    if out.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: must end in .png, the format that is written")
-    if out.is_dir():
-        raise InputError(f"--out {out}: is a folder; name a file")
-    if separate is not None and separate.exists() and not separate.is_dir():
+    check_file("--out", out, ".png")
+    if separate is None:
+        return
+    if separate.exists() and not separate.is_dir():
         raise InputError(f"--separate {separate}: is a file; name a folder")
-    for option, folder in (("--out", out.parent), ("--separate", separate)):
-        if folder is None:
-            continue
-        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        if not there.is_dir():
-            raise InputError(f"{option}: {there} is a file, so nothing can be written below it")
-        if not os.access(there, os.W_OK):
-            raise InputError(f"{option}: {there} cannot be written; choose another place")
+    check_folder("--separate", separate)

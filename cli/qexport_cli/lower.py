@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +11,12 @@ import typer
 from qexport.errors import InputError
 from qexport_cli.options import JsonOption
 from qexport_cli.progress import work
-from qexport_cli.render import Column, print_facts, print_json, print_line, print_table, size
+from qexport_cli.render import Column, print_facts, print_json, print_line, print_table, print_wrapped, size
 
 if TYPE_CHECKING:
     from qexport.lower import LowerReport
 
-COLUMNS = (Column("graph"), Column("rewrite"), Column("places", right=True), Column("left alone because", shorten=True))
+COLUMNS = (Column("graph"), Column("rewrite"), Column("places", right=True), Column("left alone", right=True))
 
 CHOICE_COLUMNS = (Column("stored as"), Column("runs as"), Column("layers", right=True), Column("because", fold=True))
 
@@ -52,10 +53,11 @@ def lower(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Rewrite a bundle's graphs for one provider and put them beside the portable ones.
+    """Rewrite a bundle's graphs for one provider.
 
-    Weights whose bytes do not change are shared. Graphs of the same target are replaced. With --optimize, layers whose
-    codes are slower than floating point on that device are dequantised when a session is made; numbers stay the same.
+    They lie beside the portable ones. Weights whose bytes do not change are shared. Graphs of the same target are
+    replaced. With --optimize, layers whose codes are slower than floating point on that device are dequantised when
+    a session is made; numbers stay the same.
     """
     if optimize is None and table is not None:
         raise InputError("--table goes with --optimize")
@@ -78,13 +80,16 @@ def lower(
         print_json(report.to_json())
         return
     rows = [
-        (graph, name, count.rewritten or None, _reasons(count.refused))
+        (graph, name, count.rewritten or None, sum(count.refused.values()) or None)
         for graph, rewrites in report.graphs.items()
         for name, count in rewrites.items()
         if count.rewritten or count.refused
     ]
     if rows:
         print_table(COLUMNS, rows)
+        print_line()
+        for note in _notes(report):
+            print_wrapped(note)
         print_line()
     if report.choices:
         from qexport.lower.choose import summary
@@ -96,9 +101,17 @@ def lower(
     print_line(str(path))
 
 
-def _reasons(refused: object) -> str | None:
-    found = dict(refused) if isinstance(refused, dict) else {}
-    return "; ".join(f"{reason} ({count})" for reason, count in found.items()) or None
+def _notes(report: LowerReport) -> list[str]:
+    """Why places were left alone, each reason once."""
+    reasons: dict[str, Counter[str]] = {}
+    for rewrites in report.graphs.values():
+        for name, count in rewrites.items():
+            for reason, places in count.refused.items():
+                reasons.setdefault(name, Counter())[reason] += places
+    return [
+        f"{name}, left alone: " + "; ".join(f"{reason} ({places})" for reason, places in found.items())
+        for name, found in reasons.items()
+    ]
 
 
 def _facts(report: LowerReport) -> dict[str, object]:

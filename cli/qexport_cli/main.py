@@ -26,7 +26,7 @@ from qexport_cli.scaling import scaling
 from qexport_cli.score import score
 from qexport_cli.serve import serve
 from qexport_cli.ship import ship
-from qexport_cli.signals import stop_cleanly
+from qexport_cli.signals import heard, stop_cleanly
 from qexport_cli.verify import verify
 
 DEBUG_FLAG = "--debug"
@@ -80,4 +80,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ✓ gets ?, not a traceback
-    sys.exit(dispatch(sys.argv[1:]))
+    code = dispatch(sys.argv[1:])
+    heard()
+    sys.exit(code)

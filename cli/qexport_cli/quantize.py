@@ -68,6 +68,10 @@ def quantize(
             help="Images the model samples to calibrate (default 8 to 64, by size).",
         ),
     ] = None,
+    calibration_data: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Calibrate on these images (folder or .npz), not on the model's own."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of calibration and of --topkld (default 0).")] = None,
     decoder_wbits: Annotated[
         int | None, typer.Option(metavar="BITS", help="Weights of the decoder's convolutions: 8 or 16 (default 16).")
@@ -173,6 +177,7 @@ def quantize(
             checkpoint=checkpoint,
             vae_checkpoint=vae_checkpoint,
             random_weights=random_weights,
+            calibration_data=calibration_data,
             out=out,
             overwrite=overwrite,
             progress=report,

@@ -23,6 +23,7 @@ FP8_WBITS = 8
 FORMATS = ("int", "fp8", "fp8-e5m2")
 STUDY_FORMATS = ("fp6", "fp4")
 _AUTO_ONLY = ("--target-bits", "--target-bytes")
+_SAMPLES = "--calibration-samples"
 _NEEDS_WEIGHTS = ("--format", "--method", "--compare", "--act-scales")
 
 
@@ -82,7 +83,7 @@ def _request(given: Mapping[str, Any], trained: bool) -> Request:
     name = given.get("--method", (TRAINED_FROM if trained else DEFAULT_METHOD).name)
     auto = name == AUTO
     budget = _budget(given, auto)
-    method = parse_method(AUTO_ALGORITHM if auto else name)
+    method = parse_method(AUTO_ALGORITHM if auto else name, besides=(AUTO,))
     scheme = preset(
         wbits,
         given.get("--abits", DEFAULT_ABITS),
@@ -90,15 +91,36 @@ def _request(given: Mapping[str, Any], trained: bool) -> Request:
         number_format,
         given.get("--act-scales", "static"),
     )
-    return Request(
+    request = Request(
         scheme,
         method,
-        samples=given.get("--calibration-samples"),
+        samples=given.get(_SAMPLES),
         seed=given.get("--seed", 0),
         decoder=decoder_scheme(given.get("--decoder-wbits", 16), given.get("--decoder-abits", 16)),
         compare=_compared(given),
         budget=budget,
     )
+    if _SAMPLES in given and not _looks_at_inputs(request):
+        raise InputError(
+            f"{_SAMPLES} has no meaning here: {request.name} looks at no inputs; leave it out, or choose a --method "
+            "that does, such as gptq, or --abits 8"
+        )
+    return request
+
+
+def _looks_at_inputs(request: Request) -> bool:
+    """Whether anything is calibrated, as far as can be told before the layers are known."""
+    from qexport.recipe import Rule
+    from qexport.solve.needs import needs_inputs
+
+    if request.budget is not None:
+        return True  # by `AUTO_ALGORITHM`
+    scheme, decoder = request.scheme, request.decoder
+    methods = request.compare or (request.method,)
+    rules = [Rule("*", scheme.weight, m.algorithm, m.smooth, scheme.activation) for m in methods if scheme.weight]
+    if decoder is not None:
+        rules.append(Rule("*", decoder.weight, activation=decoder.activation))
+    return any(needs_inputs(rule) for rule in rules)
 
 
 def _number_format(name: str) -> str:

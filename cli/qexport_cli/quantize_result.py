@@ -40,13 +40,14 @@ def figures_of(bundle: Bundle, spent_s: float) -> dict[str, Any]:
         "size_bytes": sum(entry.size for entry in manifest.files.values()),
         "seconds": round(spent_s, 3),
         "peak_memory_bytes": peak_memory_bytes(),
+        **({"notes": [note["text"] for note in manifest.notes]} if manifest.notes else {}),
         **_reports(bundle),
     }
 
 
 def _reports(bundle: Bundle) -> dict[str, Any]:
     """What was measured while choosing, where anything was."""
-    from qexport.decide import COMPARE_REPORT, SENSITIVITY_REPORT, TRAINING_REPORT
+    from qexport.bundle.reports import COMPARE_REPORT, SENSITIVITY_REPORT, TRAINING_REPORT
 
     found: dict[str, Any] = {}
     for key, name in (("compare", COMPARE_REPORT), ("sensitivity", SENSITIVITY_REPORT), ("training", TRAINING_REPORT)):

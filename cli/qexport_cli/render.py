@@ -61,14 +61,14 @@ def console() -> Console:
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]], title: str = "") -> None:
-    """Print rows under headings; None is shown as a dash, True and False as ✓ and ✗. Empty columns are left out."""
+    """Print rows under headings; None is shown as a dash, True and False as ✓ and ✗. Empty columns are left out.
+
+    Columns that are left out for want of room are named below the table.
+    """
     out = console()
     rows = list(rows)
-    shown = [
-        i
-        for i, column in enumerate(columns)
-        if (out.width >= WIDE or not column.wide_only) and any(row[i] is not None for row in rows)
-    ]
+    filled = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
+    shown = [i for i in filled if out.width >= WIDE or not columns[i].wide_only]
     cells = [[_cell(row[i]) for i in shown] for row in rows]
     _shorten([columns[i] for i in shown], cells, out.width)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), header_style="bold")
@@ -81,6 +81,8 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]], tit
     if title:
         out.print(Text(title, style="bold"))
     out.print(table)
+    if hidden := [columns[i].title for i in filled if i not in shown]:
+        out.print(Text(f"not shown: {', '.join(hidden)} (from {WIDE} columns on, or with --json)", style="dim"))
 
 
 def print_facts(facts: Mapping[str, object], title: str = "") -> None:
@@ -99,6 +101,11 @@ def print_facts(facts: Mapping[str, object], title: str = "") -> None:
 def print_line(text: str = "") -> None:
     """Print one line as it is; it is never broken, so that a command in it can be copied."""
     console().print(Text(text), soft_wrap=True)
+
+
+def print_wrapped(text: str) -> None:
+    """Print one paragraph, broken between words."""
+    console().print(Text(text))
 
 
 def print_note(text: str) -> None:

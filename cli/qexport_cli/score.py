@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qexport.errors import InputError
-from qexport_cli.files import replacing
+from qexport_cli.files import check_file, replacing
 from qexport_cli.options import JsonOption, ProviderOption
 from qexport_cli.progress import work
 from qexport_cli.render import figure, print_facts, print_json, print_line, print_note
@@ -36,14 +35,13 @@ def score(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure FID and Inception Score of images, such as `qexport generate --separate DIR` writes.
+    """Measure FID and Inception Score of images.
 
-    Needs qexport[fid]. Without --reference only the Inception Score is measured.
+    Such as `qexport generate --separate DIR` writes. Needs qexport[fid]. Without --reference only the Inception Score
+    is measured.
     """
-    if save is not None and (save.is_dir() or not save.absolute().parent.is_dir()):
-        raise InputError(f"--save {save}: name a file in a folder that is there")
-    if save is not None and save.suffix != ".npz":
-        raise InputError(f"--save {save}: must end in .npz, the format that is written")
+    if save is not None:
+        check_file("--save", save, ".npz")
     with work() as progress:
         from qexport.verify.inception_run import score as run
         from qexport.verify.statistics import write_statistics

@@ -51,10 +51,10 @@ def serve(
         int | None, typer.Option(metavar="N", min=1, help="With --ray: replicas of each bundle; 1 if left out.")
     ] = None,
 ) -> None:
-    """Serve images over HTTP: POST /v1/images, a page to try it at /, the interface at /docs.
+    """Serve images over HTTP, with a page to try it.
 
-    Requests that come together are drawn together. Give several bundles to compare them side by side. The log goes to
-    stderr, one JSON object a line.
+    POST /v1/images draws, the page is at /, the interface described at /docs. Requests that come together are drawn
+    together. Give several bundles to compare them side by side. The log goes to stderr, one JSON object a line.
     """
     if ray and workers is not None:
         raise InputError("--workers and --ray exclude each other; with --ray give --replicas")

@@ -9,6 +9,7 @@ import typer
 
 from qexport.errors import InputError
 from qexport.suggest import nearest
+from qexport_cli.files import check_file
 from qexport_cli.options import JsonOption
 from qexport_cli.progress import work
 from qexport_cli.render import print_facts, print_json, print_line, size
@@ -42,6 +43,8 @@ def ship(
         raise InputError(f"--to {to}: not known{nearest(to, TARGETS)}; one of {', '.join(TARGETS)}")
     from qexport.bundle import Bundle
 
+    if to == "onnx":
+        check_file("OUT", out, ".onnx")
     with work() as report:
         report("check", 0, 1)
         opened = Bundle.open(bundle)
@@ -52,11 +55,17 @@ def ship(
     if json:
         print_json({"out": str(out), "to": to, "bundle": str(bundle), **facts})
         return
-    texts = {key: ", ".join(value) if isinstance(value, list) else value for key, value in facts.items()}
-    print_facts(
-        {**{key: text for key, text in texts.items() if key != "size_bytes"}, "size": size(facts["size_bytes"])}
-    )
+    texts = {key: _text(value) for key, value in facts.items() if key != "size_bytes"}
+    print_facts({**texts, "size": size(facts["size_bytes"])})
     print_line(str(out))
+
+
+def _text(value: object) -> object:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):  # noise: how many numbers each input takes
+        return ", ".join(f"{name}: {count:,} numbers an image" for name, count in value.items())
+    return value
 
 
 def _onnx(bundle: Bundle, out: Path, schedule: str | None, overwrite: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qexport.errors import InputError
-from qexport_cli.files import replacing
+from qexport_cli.files import check_file, replacing
 from qexport_cli.options import CheckpointOption, JsonOption, ProviderOption, VaeCheckpointOption, check_pair
 from qexport_cli.progress import work
 from qexport_cli.render import print_json, print_note
@@ -62,14 +62,15 @@ def verify(
     from qexport.bundle import Bundle
 
     path = bundle if bundle is not None else Bundle.newest()
-    if html is not None and not html.absolute().parent.is_dir():
-        raise InputError(f"--html {html}: there is no folder {html.parent}")
+    if html is not None:
+        check_file("--html", html)
     if inception is not None and not quality:
         raise InputError("--inception measures images that --quality draws; pass that too")
     check_pair(inception, reference)
 
     with work() as progress:
         from qexport.verify.ladder import verify as run
+        from qexport.verify.report_files import SKIPPED
 
         extractor = None
         if inception is not None:
@@ -99,6 +100,8 @@ def verify(
             progress=progress,
         )
     data: dict[str, Any] = report.to_json()
+    for lost in (rung for rung in data["skipped"] if rung["name"] == SKIPPED):
+        print_note(f"skipped: {lost['name']}: {lost['reason']}")
     if html is not None:
         from qexport.verify.report_html import render
 
@@ -109,7 +112,7 @@ def verify(
     else:
         from qexport_cli.verify_tables import show
 
-        show(data, path)
+        show(data, path, report.html)
     if not report.passed:
         print_note(f"error: {path}: {breach(data)}")
         raise typer.Exit(1)
@@ -121,10 +124,11 @@ def breach(data: Mapping[str, Any]) -> str:
     if not failed:
         return "a check failed"
     first = failed[0]
-    place = "".join(f", {key} {first[key]}" for key in ("graph", "node") if first.get(key))
+    detail = str(first.get("detail") or "")
+    names = [(key, str(first[key])) for key in ("graph", "node") if first.get(key)]
+    place = "".join(f", {key} {name}" for key, name in names if not detail.startswith(f"{name}:"))
     unit = f" {first['unit']}" if first.get("unit") else ""
     value = first.get("value")
     measured = "" if value is None else f" is {value:.3g}{unit}, the limit is {first['limit']:g}"
-    detail = f": {first['detail']}" if first.get("detail") else ""
     more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-    return f"{first['name']}{place}{measured}{detail}{more}"
+    return f"{first['name']}{place}{measured}{detail and f': {detail}'}{more}"

@@ -27,8 +27,13 @@ SPEED_COLUMNS = (
 BATCH_PREFIX = "batch_"
 
 
-def show(data: Mapping[str, Any], path: Path) -> None:
-    """Print what was checked and skipped, then quality, placement and speed, then the verdict."""
+def show(data: Mapping[str, Any], path: Path, html: Path | None) -> None:
+    """Print what was checked and skipped, then quality, placement and speed, then the verdict.
+
+    `html` is the report that this run wrote, None if it wrote none (which stands on stderr, with the reason).
+    """
+    from qexport.verify.report_files import SKIPPED
+
     checks = data.get("checks", ())
     rows = [(c["name"], _number(c.get("value")), _number(c.get("limit")), c["passed"], c.get("where")) for c in checks]
     print_table(CHECK_COLUMNS, [(*row[:4], row[4] or None) for row in rows])
@@ -48,11 +53,10 @@ def show(data: Mapping[str, Any], path: Path) -> None:
         print_line()
         print_table(SPEED_COLUMNS, speed)
     print_line()
-    for rung in data.get("skipped", ()):
+    for rung in (rung for rung in data.get("skipped", ()) if rung["name"] != SKIPPED):
         print_line(f"skipped: {rung['name']}: {rung['reason']}")
-    report = path / "reports" / "verify.html"
-    if report.is_file():
-        print_line(f"report: {report}")
+    if html is not None:
+        print_line(f"report: {html}")
     held = sum(bool(check["passed"]) for check in checks)
     print_line(f"{path}: {'passed' if data.get('passed') else 'FAILED'}, {held} of {len(checks)} checks hold")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qexport.errors import BundleError, InputError
+from qexport.hidden import meant_by
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.data"
@@ -32,10 +33,10 @@ _ADVICE = {
 def explain_os_error(error: OSError, where: Path) -> InputError | None:
     """The one-line `InputError` for a file system that refuses, or None if `error` is of another kind.
 
-    `where` is named if the error does not say itself which file it is about.
+    `where` is named if the error does not say itself which file it is about. Hidden names are not shown.
     """
     advice = _ADVICE.get(error.errno or 0)
-    return InputError(f"{error.filename or where}: {advice}") if advice else None
+    return InputError(f"{meant_by(str(error.filename or where))}: {advice}") if advice else None
 
 
 def check_relative(path: object) -> str:

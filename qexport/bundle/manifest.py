@@ -61,8 +61,10 @@ class Manifest:
     `graph`, `shape`, `format`, `granularity`, `algorithm`, `bits_stored`, `bits_information`, `size_bytes`, `sqnr_db`;
     a row with `activation_format` has quantised activations), `totals` the sums (`bits_per_weight`, `size_bytes` …).
     `training` says how the codes of one graph were trained (at least `method`, `loss`, `start_from`: the algorithms
-    whose codes were trained on, `graph`, `data`, `settings`), None where none were. `files` is filled in by
-    `BundleWriter`.
+    whose codes were trained on, `graph`, `data`, `settings`), None where none were. `notes` are what quantisation came
+    upon (`qexport.remarks.summary`): `kind`, `text`, `places`. `calibration` names the images that were calibrated on
+    (`samples`, `seed`, `schedule`, `images`, `images_sha256`), None for the model's own samples. `files` is filled in
+    by `BundleWriter`.
     """
 
     model: ModelInfo
@@ -76,6 +78,8 @@ class Manifest:
     totals: Mapping[str, Any] = field(default_factory=dict)
     targets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     training: Mapping[str, Any] | None = None
+    notes: Sequence[Mapping[str, Any]] = ()
+    calibration: Mapping[str, Any] | None = None
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     qexport_version: str = field(default_factory=installed_version)
     format_version: int = FORMAT_VERSION
@@ -97,6 +101,10 @@ class Manifest:
             data[item.name] = value.to_json() if isinstance(value, Plan) else value
         if self.training is None:
             del data["training"]  # so that bundles without keep the digest that they had before there was any training
+        if not self.notes:
+            del data["notes"]  # likewise
+        if self.calibration is None:
+            del data["calibration"]  # likewise
         data["model"] = asdict(self.model)
         data["files"] = {path: asdict(entry) for path, entry in self.files.items()}
         return json.loads(canonical(data))
@@ -167,6 +175,10 @@ def _check_kinds(data: Mapping[str, Any]) -> None:
     training = data.get("training")
     if training is not None and not (isinstance(training, dict) and isinstance(training.get("graph"), str)):
         raise TypeError("training is of the wrong kind")
+    if not all(isinstance(note["text"], str) for note in data.get("notes", ())):
+        raise TypeError("a note is not text")
+    if not isinstance(data.get("calibration", {}), dict):
+        raise TypeError("calibration is of the wrong kind")
 
 
 def _parse(text: bytes) -> dict[str, Any]:

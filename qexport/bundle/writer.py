@@ -27,6 +27,7 @@ from qexport.bundle.manifest import FileEntry, Manifest
 from qexport.bundle.reader import read_manifest
 from qexport.bundle.weights import WeightFileWriter
 from qexport.errors import InputError
+from qexport.hidden import partial_of
 
 
 class BundleWriter:
@@ -123,8 +124,7 @@ class BundleWriter:
     def _make_partial(self) -> Path:
         # A process that was killed leaves its folder behind, and in containers the next one has the same id.
         for attempt in range(1000):
-            suffix = f"-{attempt}" if attempt else ""
-            path = self.out.with_name(f".{self.out.name}.partial-{os.getpid()}{suffix}")
+            path = partial_of(self.out, attempt)
             try:
                 path.mkdir()
             except FileExistsError:
@@ -148,7 +148,7 @@ class BundleWriter:
         if foreign:
             raise InputError(f"{self.out}: holds {foreign[0]}, which is not part of a bundle; choose another --out")
         if not self._overwrite:
-            raise InputError(f"{self.out}: exists; choose another --out, or allow overwriting")
+            raise InputError(f"{self.out}: exists; choose another --out, or pass --overwrite")
 
     def _publish(self) -> None:
         self._check_destination()  # it may have come into being meanwhile

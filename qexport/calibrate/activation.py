@@ -17,6 +17,7 @@ from qexport.calibrate.histogram import Histogram
 from qexport.errors import InputError
 from qexport.formats import NumberFormat
 from qexport.reference.fake_quant import round_to
+from qexport.remarks import Remark
 from qexport.scheme import ActivationSpec, PerStep, PerToken
 from qexport.solution import Activation
 
@@ -57,6 +58,14 @@ def choose(histograms: Sequence[Histogram], spec: ActivationSpec, layer: str) ->
         return Activation(spec, np.array(_symmetric(histogram, spec), dtype=np.float32))
     scale, zero_point = _with_zero_point(histogram, spec)
     return Activation(spec, np.array(scale, dtype=np.float32), zero_point)
+
+
+def remarks_on(histograms: Sequence[Histogram], layer: str) -> list[Remark]:
+    """Inputs whose scale says little, since they were zero or one value all along; counted by scale (step)."""
+    zero = sum(not histogram.absmax for histogram in histograms)
+    constant = sum(histogram.least == histogram.greatest != 0 for histogram in histograms)
+    found = {"zero_inputs": zero, "constant_inputs": constant}
+    return [Remark(kind, layer, count, len(histograms)) for kind, count in found.items() if count]
 
 
 def _symmetric(histogram: Histogram, spec: ActivationSpec) -> float:

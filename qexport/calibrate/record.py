@@ -1,49 +1,40 @@
 """Trajectories of the full-precision model, kept as what its graphs were fed.
 
 The model really samples: every scale and timestep, both branches of guidance (they are inside the graphs), classes in
-turn, the plan's own settings. Kept are the small feeds; caches, which grow with depth, are carried again in the replay
-(`qexport.calibrate.replay`).
+turn, the plan's own settings; or images take the place of what it samples (`qexport.calibrate.shown`). Kept are the
+small feeds; caches, which grow with depth, are carried again in the replay (`qexport.calibrate.replay`).
 
-A replay holds the activations between two stretches of a graph for every call that was kept. Where that would take more
-than `WIRE_BYTES`, and the graph has no caches (those need every call), an even subset of the calls is kept: another one
-in each batch, so that together they still cover all timesteps.
+Every batch goes to disk as soon as it is through (`qexport.calibrate.shelf`). In a folder that a run before left
+behind, batches that are there are not sampled again: a batch depends on nothing but the seed and its own number.
+
+A replay keeps the activations between two stretches of a graph for every call that was kept. Where that would take
+more than `WIRE_BYTES`, and the graph has no caches (those need every call), an even subset of the calls is kept:
+another one in each batch, so that together they still cover all timesteps.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from qexport.calibrate.shelf import RecordedCall, Shelf, Trajectory, stand_in
+from qexport.calibrate.shown import Shown, from_images, own_samples
+from qexport.errors import InputError
 from qexport.family import Generator, GraphSpec, Port
 from qexport.plan import Call, Plan, dim_size
 from qexport.recipe import Calibration
 from qexport.reference import torch_player
-from qexport.runtime import CallRecord
-from qexport.runtime.inputs import label_input
+from qexport.runtime import CallRecord, Player
 
 BATCH = 16
 """Images that are sampled together; enough for full use of two cores, and caches of a published size fit."""
 
 WIRE_BYTES = 512 << 20
-"""Of activations between two stretches of a graph."""
-
-
-@dataclass(frozen=True)
-class RecordedCall:
-    """What one call of a graph was fed. `step` is its number for scales per step, None where there are none."""
-
-    graph: str
-    step: int | None
-    feeds: Mapping[str, Tensor]
-
-
-Trajectory = tuple[RecordedCall, ...]
-"""The kept calls of one batch of images, in order."""
+"""Of activations between two stretches of a graph: they are read and written at every stage."""
 
 
 def caches(plan: Plan, spec: GraphSpec) -> dict[str, str]:
@@ -66,21 +57,50 @@ class _EnoughSeen(Exception):  # noqa: N818
     """Nothing that follows in this batch is kept, so it need not be computed: mostly the decoder."""
 
 
+class Recording(Sequence[Trajectory]):
+    """The trajectories of all batches in order, read from disk each time that one is asked for."""
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        names: Sequence[str],
+        left_out: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
+        """Take the shelf and the names on it.
+
+        `left_out` says of graphs of which not every call was kept how many of how many were not.
+        """
+        self._shelf, self._names = shelf, names
+        self.left_out = left_out or {}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, number: int) -> Trajectory:  # pyright: ignore[reportIncompatibleMethodOverride]  # no slices
+        return self._shelf.get(self._names[number])
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return map(self._shelf.get, self._names)
+
+
 def record(
     generator: Generator,
     calibration: Calibration,
     graphs: Collection[str],
     progress: Callable[[int, int], None] | None = None,
-) -> list[Trajectory]:
-    """Sample `calibration.samples` images and keep the feeds of these graphs; `progress` is told images done, and all.
+    folder: Path | None = None,
+) -> Recording:
+    """Play `calibration.samples` images and keep the feeds of these graphs; `progress` is told images done, and all.
+
+    `folder` is that of this model, calibration and these graphs alone; without one, a temporary folder lives as long
+    as what is returned.
 
     Raises:
-        InputError: the model has no such schedule.
+        InputError: the model has no such schedule, images are wanted that nobody gave, or the disk is full.
     """
     player = torch_player(generator)
     if calibration.schedule is not None:
         player = player.with_schedule(calibration.schedule)
-    port = label_input(player.plan)
     specs = {spec.name: spec for spec in generator.graphs if spec.name in graphs}
     own = {name: caches(player.plan, spec) for name, spec in specs.items()}
     starts = range(0, calibration.samples, BATCH)
@@ -92,32 +112,53 @@ def record(
     ]
     wanted = [number for number, iterations in enumerate(kept) if iterations]
     last = wanted[-1] if wanted else -1
-    trajectories: list[Trajectory] = []
+    shelf = Shelf(folder)
+    names = [f"batch-{number:03d}" for number in range(len(starts))]
     for number, start in enumerate(starts):
-        labels = np.arange(start, min(start + BATCH, calibration.samples), dtype=np.int64) % generator.entry.num_classes
+        end = min(start + BATCH, calibration.samples)
+        if shelf.holds(names[number]):
+            continue
         found: list[RecordedCall] = []
 
         def keep(call: CallRecord[Tensor], number: int = number, found: list[RecordedCall] = found) -> None:
             if not kept[call.call] or call.iteration not in kept[call.call][number]:
                 return
-            feeds = {name: _empty(value) if name in own[call.graph] else value for name, value in call.feeds.items()}
+            feeds = {name: stand_in(value) if name in own[call.graph] else value for name, value in call.feeds.items()}
             step = step_of(generator, player.plan.calls[call.call], call.iteration)
             found.append(RecordedCall(call.graph, step, feeds))
             if call.call == last and call.iteration == max(kept[last][number]):
                 raise _EnoughSeen
 
+        shown = _shown(generator, player, calibration, start, end)
         with contextlib.suppress(_EnoughSeen):
-            player.play(
-                {port.name: labels} if port else {},
-                seed=calibration.seed,
-                first_index=start,
-                batch=len(labels),
-                observer=keep,
-            )
-        trajectories.append(tuple(found))
+            shown.player.play(shown.inputs, seed=calibration.seed, first_index=start, batch=end - start, observer=keep)
+        shelf.put(names[number], found)
         if progress is not None:
-            progress(start + len(labels), calibration.samples)
-    return trajectories
+            progress(end, calibration.samples)
+    return Recording(shelf, names, _left_out(player.plan, specs, kept))
+
+
+def _left_out(
+    plan: Plan, specs: Collection[str], kept: Sequence[Sequence[frozenset[int]]]
+) -> dict[str, tuple[int, int]]:
+    """`Recording.left_out`; `kept` has the iterations of each call of the plan, batch by batch."""
+    found: dict[str, tuple[int, int]] = {}
+    for call, batches in zip(plan.calls, kept, strict=True):
+        left, made = found.get(call.graph, (0, 0))
+        every = call.iterations * len(batches)
+        found[call.graph] = left + every - sum(map(len, batches)), made + every
+    return {graph: counts for graph, counts in found.items() if graph in specs and counts[0]}
+
+
+def _shown(generator: Generator, player: Player[Tensor], calibration: Calibration, start: int, end: int) -> Shown:
+    """What images `start` … `end` − 1 are made of."""
+    images = calibration.images
+    if images is None:
+        return own_samples(player, np.arange(start, end, dtype=np.int64) % generator.entry.num_classes)
+    if images.load is None:
+        raise InputError(f"calibration needs the images of {images.name!r}; say where they are by --calibration-data")
+    pixels, labels = images.load(start, end)
+    return from_images(generator, player, pixels, labels, seed=calibration.seed, first_index=start)
 
 
 def step_of(generator: Generator, call: Call, iteration: int) -> int | None:
@@ -130,11 +171,6 @@ def step_of(generator: Generator, call: Call, iteration: int) -> int | None:
         if kind == "row" and table in steps.index:
             return int(steps.index[table][iteration])
     return iteration
-
-
-def _empty(cache: Tensor) -> Tensor:
-    """A stand-in of the same shape that takes up no room; only the first call's is looked at: zeros."""
-    return torch.zeros((), dtype=cache.dtype).expand(cache.shape)
 
 
 def _kept_iterations(

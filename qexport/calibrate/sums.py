@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +29,8 @@ class InputSums:
         """Start with nothing, for a layer with so many inputs."""
         self.count = 0
         self._gram_II = torch.zeros((width, width), dtype=torch.float64)
-        self._absmax_I = torch.zeros(width)
+        self._least_I = torch.full((width,), torch.inf)
+        self._greatest_I = torch.full((width,), -torch.inf)
         self._abs_sum_I = torch.zeros(width, dtype=torch.float64)
 
     def add(self, x_TI: Tensor) -> None:
@@ -38,14 +40,19 @@ class InputSums:
             self.count += len(rows)
             self._gram_II += rows.T @ rows
             self._abs_sum_I += magnitude.sum(dim=0, dtype=torch.float64)
-            self._absmax_I = torch.maximum(self._absmax_I, magnitude.amax(dim=0))  # hands on a NaN
+            least, greatest = torch.aminmax(rows, dim=0)  # they hand on a NaN, and so do minimum and maximum
+            self._least_I = torch.minimum(self._least_I, least)
+            self._greatest_I = torch.maximum(self._greatest_I, greatest)
+
+    def constant(self) -> npt.NDArray[np.bool_]:
+        """Which channels (I,) were one and the same value, other than zero, in every row."""
+        return ((self._least_I == self._greatest_I) & (self._least_I != 0)).numpy()
 
     def statistics(self) -> InputStatistics:
         """The sums so far; `InputStatistics.check` says whether they can be used."""
         mean = self._abs_sum_I / max(self.count, 1)
-        return InputStatistics(
-            self.count, self._gram_II.numpy(), self._absmax_I.numpy(), mean.numpy().astype(np.float32)
-        )
+        absmax_I = torch.maximum(-self._least_I, self._greatest_I).clamp(min=0)  # of no row: 0
+        return InputStatistics(self.count, self._gram_II.numpy(), absmax_I.numpy(), mean.numpy().astype(np.float32))
 
 
 def rows_of(x: Tensor, kernel: tuple[int, ...], window: Window | None, layer: str) -> Iterator[Tensor]:

@@ -21,11 +21,11 @@ from qexport.errors import UnsupportedError
 from qexport.family import Generator
 from qexport.reference import torch_player
 from qexport.reference.device import device_of
+from qexport.reference.forced import forced_logits
 from qexport.verify.denoise_quality import make_probe, output_quality
 from qexport.verify.denoise_quality import runtime_student as plan_denoiser
 from qexport.verify.denoise_quality import torch_student as torch_denoiser
 from qexport.verify.denoise_rung import step_feeds_of
-from qexport.verify.forced import forced_logits
 from qexport.verify.images import open_images
 from qexport.verify.quality import drawn_by, tokens_of, torch_logits
 from qexport.verify.trajectory import label_inputs, labels_for

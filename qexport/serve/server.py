@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from qexport.bundle import Bundle
 from qexport.errors import InputError
 from qexport.serve.api import create_app
 from qexport.serve.drawers import LocalDrawer
@@ -68,6 +69,8 @@ def serve(
     Raises:
         InputError: as `build`; or the address cannot be listened on, or there is no cluster.
     """
+    for path in paths:  # what is no bundle is said before the first line of the log
+        Bundle.open(path, "size")
     to_stderr()
     listener = listen(host, port)
     with contextlib.closing(listener), contextlib.ExitStack() as stack:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from qexport.hidden import partial_of
 
 
 @contextlib.contextmanager
@@ -31,7 +32,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_folder_beside(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path`, on the same file system, that is gone after the block."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = partial_of(path)
     partial.mkdir()
     try:
         yield partial

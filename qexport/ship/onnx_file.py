@@ -99,7 +99,7 @@ def write_onnx(bundle: Bundle, out: str | Path, schedule: str | None = None, ove
     if path.suffix != ".onnx":
         raise InputError(f"{path}: must end in .onnx")
     if path.is_dir() or (path.exists() and not overwrite):
-        raise InputError(f"{path}: exists; choose another name, or allow overwriting")
+        raise InputError(f"{path}: exists; choose another name, or pass --overwrite")
     plan = bundle.plan if schedule is None else bundle.plan.with_schedule(schedule)
     calls = sum(call.iterations for call in plan.calls)
     if calls > MAX_CALLS:

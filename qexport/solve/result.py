@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,9 +23,11 @@ from qexport.errors import InputError
 from qexport.family import Generator
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.recipe import Recipe, Rule
+from qexport.remarks import Remark
 from qexport.solution import Activation, Solution
 
 _KEY_DIGITS = 16
+_REMARKS = "remarks"  # JSON, as bytes
 
 
 @dataclass
@@ -35,6 +37,7 @@ class StageResult:
     weights: dict[str, QuantizedTensor] = field(default_factory=dict)
     smooth: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     activations: dict[str, Activation] = field(default_factory=dict)
+    remarks: list[Remark] = field(default_factory=list)
 
 
 def merge(generator: Generator, results: list[StageResult]) -> Solution:
@@ -44,8 +47,9 @@ def merge(generator: Generator, results: list[StageResult]) -> Solution:
         merged.weights |= result.weights
         merged.smooth |= result.smooth
         merged.activations |= result.activations
+        merged.remarks += result.remarks
     smooth = {fold.name: merged.smooth[fold.name] for fold in generator.folds if fold.name in merged.smooth}
-    return Solution(merged.weights, smooth, merged.activations)
+    return Solution(merged.weights, smooth, merged.activations, tuple(merged.remarks))
 
 
 class Workplace:
@@ -82,7 +86,7 @@ class Workplace:
             return None
         try:
             return _unpack(load_file(path), rules)
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path}: is damaged ({error}); delete it, and that stage is solved again") from error
 
     def save(self, number: int, result: StageResult) -> None:
@@ -105,6 +109,9 @@ def _pack(result: StageResult) -> dict[str, np.ndarray]:
         if activation.scale is not None:
             tensors[f"act_scale/{layer}"] = activation.scale
         tensors[f"act_zero_point/{layer}"] = np.array(activation.zero_point)
+    if result.remarks:
+        text = json.dumps([astuple(remark) for remark in result.remarks])
+        tensors[_REMARKS] = np.frombuffer(text.encode(), np.uint8)
     # safetensors writes the buffer as it lies, whatever the strides.
     return {name: np.ascontiguousarray(tensor).reshape(tensor.shape) for name, tensor in tensors.items()}
 
@@ -112,6 +119,8 @@ def _pack(result: StageResult) -> dict[str, np.ndarray]:
 def _unpack(tensors: Mapping[str, np.ndarray], rules: Mapping[str, Rule]) -> StageResult:
     """In the order of the rules, as it was before: a safetensors file has its own."""
     result = StageResult(smooth={_name(key): tensor for key, tensor in tensors.items() if key.startswith("smooth/")})
+    if _REMARKS in tensors:
+        result.remarks = [Remark(*fields) for fields in json.loads(tensors[_REMARKS].tobytes())]
     for layer, rule in rules.items():
         if rule.weight is not None and f"codes/{layer}" in tensors:
             codes, scales = tensors[f"codes/{layer}"], tensors[f"scales/{layer}"]

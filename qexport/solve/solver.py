@@ -30,6 +30,7 @@ from qexport.reference import Window, apply_folds, fake_quantise
 from qexport.scheme import PerStep
 from qexport.solution import Solution
 from qexport.solve.needs import needs_calibration, needs_inputs
+from qexport.solve.peculiar import on_left_out, on_unsmoothed
 from qexport.solve.result import StageResult, Workplace, merge
 from qexport.solve.stage import StageLayers, layers_of, matrix_of, solve_stage
 
@@ -49,8 +50,9 @@ def solve(
     Args:
         generator: the full-precision model.
         recipe: what to do with it; a recipe that needs no inputs gives an empty solution at once.
-        work: folder for the results of finished stages. A run that was killed goes on from them, and ends with the
-            very same bits as one that was not.
+        work: folder for what was recorded, the results of finished stages and what those hand on. A run that was
+            killed goes on from there, and ends with the very same bits as one that was not. Without one, recorded calls
+            lie in a temporary folder.
         progress: told how far it is.
 
     Raises:
@@ -69,14 +71,21 @@ def solve(
         if rule.activation and not needs_inputs(rule)
     }
     graphs = {places[layer][0] for layer, rule in rules.items() if needs_inputs(rule)}
-    results = [StageResult(activations=unseen)]
+    results = [StageResult(activations=unseen, remarks=list(on_unsmoothed(generator, rules)))]
     specs = [spec for spec in generator.graphs if spec.name in graphs]
     workplace = None if work is None else Workplace(work, generator, recipe)
     total = sum(len(stages(spec)) for spec in specs)
     if specs:
-        trajectories = record(generator, recipe.calibration, graphs, lambda done, total: tell("sample", done, total))
+        trajectories = record(
+            generator,
+            recipe.calibration,
+            graphs,
+            lambda done, total: tell("sample", done, total),
+            workplace.folder / "calls" if workplace else None,
+        )
+        results[0].remarks += on_left_out(trajectories.left_out)
         for spec in specs:
-            replay = Replay(generator, spec.name, trajectories)
+            replay = Replay(generator, spec.name, trajectories, workplace.folder / "wires" if workplace else None)
             layers = [layers_of(generator, stage, rules, places) for stage in replay.stages]
             for found in _solve_graph(generator, replay, layers, workplace, len(results) - 1):
                 results.append(found)
@@ -92,9 +101,11 @@ def _solve_graph(
     first: int,
 ) -> Iterator[StageResult]:
     """The result of each stage; `first` numbers the graph's first among all of them."""
+    known = [workplace.load(first + i, own.rules) if workplace else None for i, own in enumerate(layers)]
+    finished = known.index(None) if None in known else len(known)
+    reached = replay.skip_to(min(finished, len(known) - 1))
     for position, own in enumerate(layers):
-        number = first + position
-        result = workplace.load(number, own.rules) if workplace else None
+        number, result = first + position, known[position]
         if result is not None:
             apply_folds(generator, result.smooth)
         else:
@@ -102,7 +113,7 @@ def _solve_graph(
                 result = solve_stage(generator, replay, own)
             if workplace:
                 workplace.save(number, result)
-        if position + 1 < len(layers):
+        if reached <= position < len(layers) - 1:
             _advance(replay, own, result)
         yield result
 

@@ -5,7 +5,7 @@ Shape suffixes: O outputs, I inputs of a layer as a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qexport.algorithms import get_algorithm, get_smoother
-from qexport.calibrate import Histogram, InputSums, Replay, Stage, choose, rows_of
+from qexport.calibrate import Histogram, InputSums, Replay, Stage, choose, remarks_on, rows_of
 from qexport.errors import InputError
 from qexport.family import Fold, Generator
 from qexport.numerics.statistics import InputStatistics
@@ -23,6 +23,7 @@ from qexport.recipe import Rule
 from qexport.reference import Window, apply_fold
 from qexport.scheme import PerStep, TensorSpec
 from qexport.solve.needs import measures_activation, needs_statistics
+from qexport.solve.peculiar import on_constant, on_smoothed, on_solved
 from qexport.solve.result import StageResult
 
 
@@ -78,9 +79,12 @@ def solve_stage(generator: Generator, replay: Replay, layers: StageLayers) -> St
     for layer, found in statistics.items():
         found.check(_matrix(summed[layer]).shape[1], layer)
 
-    result = StageResult()
+    result = StageResult(remarks=[r for layer, found in sums.items() for r in on_constant(layer, found.constant())])
     for fold in layers.folds:
-        factor_I = _factor(generator, fold, layers, statistics[fold.layers[0]])
+        asking = [layer for layer in fold.layers if layer in layers.rules and layers.rules[layer].smooth]
+        weights = [matrix_of(layers.weights[layer]) for layer in asking]
+        result.remarks += on_smoothed(fold.name, weights, statistics[fold.layers[0]])
+        factor_I = _factor(fold, asking, weights, layers, statistics[fold.layers[0]])
         result.smooth[fold.name] = factor_I
         apply_fold(generator, fold, factor_I)
         statistics |= {layer: statistics[layer].divided(factor_I) for layer in fold.layers if layer in statistics}
@@ -89,8 +93,10 @@ def solve_stage(generator: Generator, replay: Replay, layers: StageLayers) -> St
     for layer, rule in layers.rules.items():
         if rule.activation is not None:
             result.activations[layer] = choose(histograms.get(layer, ()), rule.activation, layer)
+            result.remarks += remarks_on(histograms.get(layer, ()), layer)
         if needs_statistics(rule):
             spec = cast(TensorSpec, rule.weight)
+            result.remarks += on_solved(layer, statistics[layer])
             result.weights[layer] = get_algorithm(rule.algorithm)(
                 matrix_of(layers.weights[layer]), spec, statistics=statistics[layer], name=layer
             )
@@ -134,14 +140,16 @@ def _histograms(generator: Generator, rule: Rule) -> list[Histogram]:
 
 
 def _factor(
-    generator: Generator, fold: Fold, layers: StageLayers, statistics: InputStatistics
+    fold: Fold,
+    asking: Sequence[str],
+    weights: Sequence[npt.NDArray[np.float32]],
+    layers: StageLayers,
+    statistics: InputStatistics,
 ) -> npt.NDArray[np.float32]:
-    """The factor that the layers' rules ask for; layers of the fold without such a rule follow along unharmed."""
-    asking = [layer for layer in fold.layers if layer in layers.rules and layers.rules[layer].smooth]
+    """The factor that the layers `asking` for it want; layers of the fold without such a rule follow along unharmed."""
     methods = {cast(str, layers.rules[layer].smooth) for layer in asking}
     if len(methods) > 1:
         raise InputError(f"layers {', '.join(asking)} share their input, but are to be smoothed differently")
-    weights = [matrix_of(layers.weights[layer]) for layer in asking]
     specs = [cast(TensorSpec, layers.rules[layer].weight) for layer in asking]
     activations = {layers.rules[layer].activation for layer in asking}
     shared = activations.pop() if len(activations) == 1 else None

@@ -21,6 +21,7 @@ from qexport.verify.report import VerifyReport
 from qexport.verify.report_files import write_reports
 from qexport.verify.rungs import (
     Climb,
+    add_decision,
     add_pictures,
     add_speed,
     check_frechet,
@@ -123,6 +124,7 @@ def verify(
     if reports:
         tell("report", 0, 1)
         add_pictures(climb, models, drawn)
+        add_decision(climb)
         write_reports(report, bundle.reports)
     tell("report", 1, 1)
     return report

@@ -30,9 +30,9 @@ from qexport.family import DrawSpec, Generator
 from qexport.numerics.metrics import cross_entropy, kl_divergence, top1_agreement, topk_agreement
 from qexport.reference.backend import torch_player
 from qexport.reference.device import device_of
+from qexport.reference.forced import UNGUIDED, forced_logits
 from qexport.runtime import Player
 from qexport.runtime.inputs import label_input
-from qexport.verify.forced import UNGUIDED, forced_logits
 from qexport.verify.images import ImageSet
 
 TOP_K = 900

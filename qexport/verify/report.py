@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ class VerifyReport:
     `source` is where the weights are from, as the manifest says; `qexport.family.random_seed` tells random ones.
     `error_per_call` maps "graph/port group" to the relative L2 of each call; `layers` are the manifest's rows, with the
     `fused_form` that was measured; `pictures` maps a title to images (n, 3, H, W) in [0, 1] of the same seeds, for the
-    HTML report only. `latency_ms` and `bits_per_weight` are None where they could not be measured.
+    HTML report only; so are `compared` (``compare.json``) and `sensitivity_svg`. `notes` are the lines of the
+    manifest's. `latency_ms` and `bits_per_weight` are None where they could not be measured. `html` is
+    where the HTML report was written, None where it was not; it is no part of the report.
     """
 
     bundle: str
@@ -42,6 +45,10 @@ class VerifyReport:
     settings: dict[str, Any] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    compared: Any = None
+    sensitivity_svg: bytes = b""
+    html: Path | None = None
 
     @property
     def passed(self) -> bool:
@@ -63,6 +70,7 @@ class VerifyReport:
             "scheme": self.scheme,
             "digest": self.digest,
             "checks": [check.to_json() for check in self.checks],
+            "notes": list(self.notes),
             "skipped": [rung.to_json() for rung in self.skipped],
             "trajectories": self.trajectories,
             "error_per_call": self.error_per_call,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
+from qexport.hidden import meant_by, partial_of
 from qexport.verify.checks import Skipped
 from qexport.verify.report import VerifyReport
 from qexport.verify.report_html import render
 
 JSON_NAME = "verify.json"
 HTML_NAME = "verify.html"
+SKIPPED = "report files"
+"""How the report names this, where it could not be done."""
 
 
 def write_reports(report: VerifyReport, folder: Path) -> None:
@@ -20,13 +22,15 @@ def write_reports(report: VerifyReport, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         _write(folder / HTML_NAME, render(report))
         _write(folder / JSON_NAME, json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
+        report.html = folder / HTML_NAME
     except OSError as error:
-        report.skipped.append(Skipped("report files", f"{error.filename or folder}: {error.strerror}"))
+        where = meant_by(str(error.filename or folder))
+        report.skipped.append(Skipped(SKIPPED, f"{where}: {(error.strerror or str(error)).lower()}"))
 
 
 def _write(path: Path, text: str) -> None:
     """Write through a temporary file beside it, so that a reader sees the old report or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = partial_of(path)
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 from qexport.family import random_seed
+from qexport.verify.decision_html import decision_html
+from qexport.verify.html import number, section, table
 from qexport.verify.limits import FP32_LOGITS_RELATIVE_L2
 from qexport.verify.plots import COLOURS, bar_plot, error_plot, png_data
 from qexport.verify.report import VerifyReport
 
-_MIB = 1 << 20
+_MB = 10**6
 
 
 def render(report: VerifyReport) -> str:
     """The HTML text of a report."""
     data = report.to_json()
     style = files("qexport.verify").joinpath("report.css").read_text(encoding="utf-8")
-    parts = [_head(data), _tiles(data), _checks(data), _pictures(report), _plots(data), _layers(data), _placement(data),
-             _speed(data), _footer(data)]  # fmt: skip
+    parts = [_head(data), _tiles(data), _checks(data), _pictures(report), _plots(data), decision_html(report),
+             _layers(data), _placement(data), _speed(data), _footer(data)]  # fmt: skip
     title = f"{escape(data['model'] or data['bundle'])} {escape(data['scheme'])}: verify"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -49,28 +51,28 @@ def _head(data: Mapping[str, Any]) -> str:
 
 def _tiles(data: Mapping[str, Any]) -> str:
     quality, totals, draws = data["quality"], data["totals"], data["trajectories"].get("draws")
-    tiles = [("bits per quantised weight", _number(data["bits_per_weight"]), "scales included")]
+    tiles = [("bits per quantised weight", number(data["bits_per_weight"]), "scales included")]
     if data["size_bytes"]:
         all_of_it, quantised = totals.get("share_of_fp16_all"), totals.get("share_of_fp16_quantized")
         note = f"weights {all_of_it:.0%} of fp16" if all_of_it else ""
         note += f", quantised ones {quantised:.0%}" if quantised else ""
-        tiles.append(("bundle", f"{data['size_bytes'] / _MIB:.2f} MiB", note))
+        tiles.append(("bundle", f"{data['size_bytes'] / _MB:.2f} MB", note))
     if "kl" in quality:
-        tiles.append(("KL(fp‖quantised)", _number(quality["kl"]), f"nats per token, {quality['n']} samples"))
+        tiles.append(("KL(fp‖quantised)", number(quality["kl"]), f"nats per token, {quality['n']} samples"))
         tiles.append(
             ("top-1 agreement", f"{quality['top1_agreement']:.1%}", f"top-900 {quality['top900_agreement']:.1%}")
         )
     if "output_mse" in quality:
         note = f"relative to the output's power, {quality['n_output']} noisy latents"
-        tiles.append(("output error", _number(quality["output_mse"]), note))
+        tiles.append(("output error", number(quality["output_mse"]), note))
         note = f"relative L2 of final latents, {quality['n']} trajectories"
-        tiles.append(("trajectory error", _number(quality["trajectory_error"]), note))
+        tiles.append(("trajectory error", number(quality["trajectory_error"]), note))
     if "fd" in quality:
         fd = quality["fd"]
         tiles.append(
             (
                 fd["label"],
-                _number(fd["value"]),
+                number(fd["value"]),
                 f"95 %: {fd['ci95'][0]:.2f} … {fd['ci95'][1]:.2f}, {fd['n']} images",
             )
         )
@@ -87,19 +89,22 @@ def _checks(data: Mapping[str, Any]) -> str:
         (
             f'<span class="mark {"yes" if c["passed"] else "no"}">{"✓" if c["passed"] else "✗"}</span>',
             escape(c["name"]),
-            f"<span class=n>{_number(c['value'])}</span>",
-            f"<span class=n>≤ {_number(c['limit'])}</span>",
+            f"<span class=n>{number(c['value'])}</span>",
+            f"<span class=n>≤ {number(c['limit'])}</span>",
             escape(c["unit"]),
             f"<code>{escape(c['where'])}</code>" if c["where"] else "",
             escape(c["detail"]),
         )
         for c in data["checks"]
     ]
-    html = _table(("", "check", "value", "limit", "unit", "where", ""), rows, "checks")
+    html = table(("", "check", "value", "limit", "unit", "where", ""), rows, "checks")
+    if data["notes"]:
+        items = "".join(f"<li>{escape(text)}</li>" for text in data["notes"])
+        html += f'<div class="note"><b>Noted while it was made</b><ul>{items}</ul></div>'
     if data["skipped"]:
         items = "".join(f"<li><b>{escape(s['name'])}</b>: {escape(s['reason'])}</li>" for s in data["skipped"])
         html += f'<div class="note"><b>Skipped</b><ul>{items}</ul></div>'
-    return _section("Checks", html, "Parity under exact session options, against the quantised torch model.")
+    return section("Checks", html, "Parity under exact session options, against the quantised torch model.")
 
 
 def _pictures(report: VerifyReport) -> str:
@@ -111,7 +116,7 @@ def _pictures(report: VerifyReport) -> str:
         rows.append(f"<div><small>{escape(title)}</small><p>{cells}</p></div>")
     seed, schedule = report.settings.get("seed"), report.settings.get("schedule")
     by = f", schedule {schedule}" if schedule else ""
-    return _section(
+    return section(
         "The same seeds on every side", f'<div class="pictures">{"".join(rows)}</div>',
         f"Seed {seed}{by}, one class after another. The second and the third row must be the same.",
     )  # fmt: skip
@@ -129,9 +134,9 @@ def _plots(data: Mapping[str, Any]) -> str:
     scales = data["quality"].get("per_scale", {})
     if scales:
         plots.append(("KL(fp‖quantised) by scale, nats", bar_plot(scales["kl"], "KL, nats", COLOURS[0])))
-        for number, name in enumerate(("top1_agreement", "top900_agreement"), start=1):
+        for place, name in enumerate(("top1_agreement", "top900_agreement"), start=1):
             title = f"{name.removesuffix('_agreement').capitalize()} agreement by scale"
-            plots.append((title, bar_plot(scales[name], "share", COLOURS[number], 1.08)))
+            plots.append((title, bar_plot(scales[name], "share", COLOURS[place], 1.08)))
     quality = data["quality"]
     if "per_step" in quality:
         series = {"latents": quality["per_step"]}
@@ -141,7 +146,7 @@ def _plots(data: Mapping[str, Any]) -> str:
     if not plots:
         return ""
     figures = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in plots)
-    return _section(
+    return section(
         "Error and quality, step by step", f'<div class="plots">{figures}</div>', data["quality"].get("source", "")
     )
 
@@ -153,15 +158,15 @@ def _layers(data: Mapping[str, Any]) -> str:
             "×".join(str(n) for n in r["shape"]),
             escape(str(r["format"])),
             escape(str(r.get("granularity") or "–")),
-            f"<span class=n>{_number(r['bits_stored'])}</span>",
+            f"<span class=n>{number(r['bits_stored'])}</span>",
             f"<span class=n>{r['size_bytes']:,}</span>",
-            f"<span class=n>{_number(r['sqnr_db'])}</span>",
+            f"<span class=n>{number(r['sqnr_db'])}</span>",
             escape(str(r.get("fused_form") or "–")),
         )
         for r in data["layers"]
     ]
     heads = ("layer", "shape", "format", "granularity", "bits", "bytes", "SQNR, dB", "form under serve")
-    return _section("Layers", _table(heads, rows, "layers")) if rows else ""
+    return section("Layers", table(heads, rows, "layers")) if rows else ""
 
 
 def _placement(data: Mapping[str, Any]) -> str:
@@ -176,8 +181,8 @@ def _placement(data: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     note = placement.get("cuda", "")
-    return _section(
-        "Placement", _table(("options", "graph", "nodes", "quantised layers"), rows), note[:1].upper() + note[1:]
+    return section(
+        "Placement", table(("options", "graph", "nodes", "quantised layers"), rows), note[:1].upper() + note[1:]
     )
 
 
@@ -201,36 +206,13 @@ def _speed(data: Mapping[str, Any]) -> str:
     if latency.get("schedule"):
         note += f" Schedule {latency['schedule']}."
     if peak:
-        note += f" Peak memory of the whole verification, torch included: {peak / _MIB:,.0f} MiB."
-    return _section(
-        "Speed, milliseconds a batch", _table(("batch", "graph", "median", "min", "max", "runs"), rows), note
-    )
+        note += f" Peak memory of the whole verification, torch included: {peak / _MB:,.0f} MB."
+    return section("Speed, milliseconds a batch", table(("batch", "graph", "median", "min", "max", "runs"), rows), note)
 
 
 def _footer(data: Mapping[str, Any]) -> str:
     environment = data["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in environment.get("versions", {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
     processor = f"{environment.get('cpu', '')} × {environment.get('cpu_count', '')}"
     text = f"{processor} · Python {environment.get('python', '')} · {versions}"
     return f"<footer>{escape(text)}<br>{escape(environment.get('platform', ''))}</footer>"
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    below = f'<p class="sub">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{below}{body}</section>"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    if value == int(value) and abs(value) < 1e9:
-        return f"{int(value):,}"
-    return f"{value:.3g}"

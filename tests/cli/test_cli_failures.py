@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+import time
 
 import pytest
 from qexport_cli import failures, main
@@ -29,6 +30,11 @@ sys.meta_path.insert(0, Block())
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "error: /x/y: no space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: /x: permission denied"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/.b.c.partial-12-3/d"),
+            2,
+            "error: /a/b.c/d: no such file or directory",
+        ),
         (MemoryError(), 2, "error: out of memory; use a smaller batch or a machine with more memory"),
         (
             ModuleNotFoundError("No module named 'onnx'", name="onnx.helper"),
@@ -84,6 +90,45 @@ def test_a_second_interrupt_does_not_disturb_the_clean_up(monkeypatch):
     stopper(signals.signal.SIGINT, None)
     with pytest.raises(KeyboardInterrupt):
         stopper(signals.signal.SIGINT, None)
+
+
+LOST = """
+import os, signal, time, weakref
+import qexport.inspect
+
+class Thing: pass
+
+def callback(_):
+    os.kill(os.getpid(), signal.{signal})
+    for _ in range(1000): pass  # what the handler raises here, Python throws away
+
+def forever(path):
+    thing = Thing()
+    reference = weakref.ref(thing, callback)
+    del thing
+    try:
+        time.sleep({patience})
+    finally:  # the timer must not disturb what cleans up
+        for _ in range(5):
+            try:
+                time.sleep(0.1)
+                raise OSError
+            except OSError:
+                pass
+        print("clean")
+
+qexport.inspect.inspect_bundle = forever
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="timers of POSIX")
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_that_is_lost_in_a_callback_still_ends_the_command(spawn, toy, name, code):
+    start_s = time.monotonic()
+    outcome = spawn("inspect", toy, before=LOST.format(signal=name, patience=100))
+    assert time.monotonic() - start_s < 90
+    assert (outcome.code, outcome.out) == (code, "clean\n")
+    assert outcome.err == ("interrupted\n" if code == 130 else "")
 
 
 def test_the_base_install_plays_and_inspects(spawn, toy, tmp_path):

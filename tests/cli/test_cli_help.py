@@ -16,6 +16,7 @@ COMMANDS = (
     "ship",
     "serve",
     "doctor",
+    "bench",
 )
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "matplotlib", "numpy", "PIL"}
 
@@ -38,6 +39,11 @@ def test_help_names_every_command(run):
 
 def test_no_arguments_show_the_help(run):
     assert run() == run("--help")
+
+
+def test_the_list_of_commands_fits_eighty_columns_whole(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "..." not in run("--help").out.partition("Commands:")[2]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

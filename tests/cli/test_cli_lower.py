@@ -29,6 +29,13 @@ def test_words_say_what_was_done_and_what_was_not(run, bundle):
     assert "attention without transposes" in outcome.out
     assert "it has a cache or a mask (2)" in outcome.out
     assert "not measured on CUDA" in outcome.out
+
+
+def test_reasons_are_whole_at_eighty_columns(run, bundle, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    outcome = run("lower", bundle)
+    assert "…" not in outcome.out
+    assert "it has a cache or a mask (2)" in " ".join(outcome.out.split())
     assert run("inspect", bundle).out.count("ort-cuda") == 1
 
 

@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import qexport_models
 from conftest import MODEL, command
 
 from qexport.bundle import Bundle
 
 PATIENCE_S = 120
+CHECKPOINT = str(Path(next(iter(qexport_models.__path__))) / "checkpoints" / f"{MODEL}.safetensors")
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -32,9 +34,19 @@ def leftovers(folder: Path) -> list[str]:
         (["--model", MODEL, "--act-scales", "step"], "no meaning with --abits 16"),
         (["--model", MODEL, "--abits", "8", "--act-scales", "stp"], "did you mean 'step'"),
         (["--model", MODEL, "--method", "gtpq"], "did you mean 'gptq'"),
+        (["--model", MODEL, "--method", "nonsense"], "smoothquant+gptq, awq+gptq, auto"),
         (["--model", MODEL, "--method", "auto"], "--target-bits or --target-bytes"),
         (["--model", MODEL, "--method", "auto", "--target-bits", "4", "--wbits", "4"], "leave --wbits out"),
         (["--model", MODEL, "--method", "auto", "--target-bits", "1"], "formats take 2.25"),
+        (
+            ["--model", MODEL, "--method", "auto", "--target-bits", "40"],
+            "choose from 2.25 to 8.1 bits, or",
+        ),
+        (["--model", MODEL, "--wbits", "8", "--abits", "8", "--group-size", "32"], "leave --group-size out"),
+        (
+            ["--model", MODEL, "--wbits", "6", "--abits", "8", "--compare", "rtn,gptq"],
+            "int6 weights in groups do not run behind int8 inputs whose scales are static",
+        ),
         (["--model", MODEL, "--target-bits", "4"], "needs --method auto"),
         (["--model", MODEL, "--compare", "rtn,auto"], "does not go with auto"),
         (["--model", MODEL, "--compare", ","], "names no method"),
@@ -45,7 +57,13 @@ def leftovers(folder: Path) -> list[str]:
         (["--model", MODEL, "--decoder-wbits", "4"], "each must be 8 or 16"),
         (["--model", MODEL, "--decoder-abits", "8"], "needs --decoder-wbits 8"),
         (["--model", MODEL, "--group-size", "48"], "groups of 48 do not divide"),
-        (["--model", MODEL, "--group-size", "1"], "group size 1"),
+        (["--model", MODEL, "--group-size", "1"], "--group-size 1: at least 2 weights share a scale; leave it out"),
+        (["--model", MODEL, "--calibration-samples", "4"], "--calibration-samples has no meaning here: w4a16 looks at"),
+        (["--model", MODEL, "--recipe", "."], "recipe .: cannot be read (is a directory); give a TOML file"),
+        (["--model", "var-d16", "--checkpoint", CHECKPOINT], "this looks like var-c10-d2"),
+        (["--model", "dit-xl-2-256", "--checkpoint", CHECKPOINT], "this looks like var-c10-d2"),
+        (["--model", "llamagen-b-256", "--checkpoint", CHECKPOINT], "this looks like var-c10-d2"),
+        (["--model", MODEL, "--out", "/proc/x"], "error: /proc/x: "),
         (["--model", MODEL, "--format", "fp4"], "--format fp4 is for study"),
         (["--model", MODEL, "--format", "fp8", "--wbits", "4"], "--wbits 4 is not available with --format fp8"),
         (["--model", MODEL, "--format", "itn"], "did you mean 'int'"),
@@ -87,7 +105,7 @@ def test_a_bundle_and_what_is_said_about_it(run, tmp_path, monkeypatch):
 
     again = run("quantize", "--model", MODEL, "--wbits", "8")
     assert again.code == 2
-    assert "exists" in again.error
+    assert "pass --overwrite" in again.error
 
 
 @pytest.mark.slow

@@ -30,10 +30,13 @@ def test_long_names_lose_their_middle(capsys, monkeypatch):
 
 def test_wide_columns_and_empty_ones_are_left_out(capsys, monkeypatch):
     columns = (Column("a"), Column("b", wide_only=True), Column("c"))
-    for width, heading in (("80", ["a"]), ("120", ["a", "b"])):
+    note = "not shown: b (from 110 columns on, or with --json)"
+    for width, heading, said in (("80", ["a"], True), ("120", ["a", "b"], False)):
         monkeypatch.setenv("COLUMNS", width)
         print_table(columns, [(1, 2, None)])
-        assert capsys.readouterr().out.split("\n")[0].split() == heading
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split() == heading
+        assert (note in lines) is said
 
 
 def test_markup_in_names_is_not_interpreted(capsys):

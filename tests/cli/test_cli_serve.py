@@ -47,7 +47,9 @@ def test_a_damaged_bundle_is_not_served(spawn, toy, tmp_path, damage):
 
 
 def test_no_bundle(spawn, toy, tmp_path):
-    assert spawn("serve", tmp_path / "missing", "--port", "0").code == 2
+    missing = spawn("serve", tmp_path / "missing", "--port", "0")
+    assert missing.code == 2
+    assert missing.error.startswith(f"error: {tmp_path / 'missing'}: no such folder")
     outcome = spawn("serve", toy, toy, "--port", "0")
     assert outcome.code == 2
     assert "different names" in outcome.err.splitlines()[-1]

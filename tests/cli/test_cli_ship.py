@@ -14,8 +14,14 @@ def test_one_file(run, toy, tmp_path):
     assert (outcome.code, facts["files"], facts["calls"]) == (0, [str(out)], 6)
     assert facts["size_bytes"] == out.stat().st_size
     assert facts["noise"] == {"z": 2, "u": 12}
-    assert "exists" in run("ship", toy, out, "--to", "onnx").error
+    assert "pass --overwrite" in run("ship", toy, out, "--to", "onnx").error
     assert run("ship", toy, out, "--to", "onnx", "--overwrite").code == 0
+
+
+def test_words_of_one_file(run, toy, tmp_path):
+    out = run("ship", toy, tmp_path / "toy.onnx", "--to", "onnx").out
+    assert "z: 2 numbers an image, u: 12 numbers an image" in out
+    assert "{" not in out
 
 
 def test_a_repository(run, toy, tmp_path):

@@ -24,12 +24,14 @@ class Report:
     def __init__(self, *checks: dict[str, Any]) -> None:
         self.checks = checks
         self.passed = all(check["passed"] for check in checks)
+        self.skipped = [{"name": "FD", "reason": "not asked for"}]
+        self.html: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "passed": self.passed,
             "checks": list(self.checks),
-            "skipped": [{"name": "FD", "reason": "not asked for"}],
+            "skipped": self.skipped,
             "quality": {"kl": 0.0347, "top1_agreement": 0.68, "n": 64, "seed": 0, "source": "64 samples"},
             "placement": {"serve": {"step": {"forms": {"MatMulNBits": 10}, "nodes": {"CPUExecutionProvider": 234}}}},
             "latency_ms": LATENCY,
@@ -86,6 +88,11 @@ def test_a_breach_that_has_no_figure():
     )
 
 
+def test_a_breach_whose_detail_names_the_place_says_it_once():
+    check = {**BAD, "name": "integrity", "value": None, "graph": "", "node": "b/w", "detail": "b/w: truncated"}
+    assert breach({"checks": [check]}) == "integrity: b/w: truncated"
+
+
 def test_options_reach_the_ladder(run, ladder, toy):
     run(
         "verify", toy, "--provider", "cpu", "--samples", 3, "--batch", 2, "--seed", 7, "--every", 5, "--quality",
@@ -112,10 +119,34 @@ def test_the_newest_bundle(run, ladder, toy, tmp_path, monkeypatch):
     assert ladder["path"] == Path("qexport-out/mine")
 
 
-def test_a_report_to_nowhere(run, ladder, toy, tmp_path):
-    outcome = run("verify", toy, "--html", tmp_path / "missing" / "report.html")
-    assert (outcome.code, "path" in ladder) == (2, False)
-    assert "no folder" in outcome.error
+def test_a_report_to_a_place_that_cannot_be_written(run, ladder, toy, tmp_path):
+    (tmp_path / "file").touch()
+    for place, says in ((tmp_path, "is a folder"), (tmp_path / "file" / "report.html", "is a file, so nothing")):
+        outcome = run("verify", toy, "--html", place)
+        assert (outcome.code, "path" in ladder) == (2, False)
+        assert says in outcome.error
+
+
+def test_folders_above_a_report_are_made(run, ladder, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("qexport.verify.report_html.render", lambda report: "<!doctype html>")
+    report = tmp_path / "new" / "er" / "report.html"
+    assert run("verify", toy, "--html", report).code == 0
+    assert report.read_text() == "<!doctype html>"
+
+
+def test_only_a_report_of_this_run_is_named(run, ladder, toy, tmp_path):
+    bundle = shutil.copytree(toy, tmp_path / "bundle")
+    (bundle / "reports").mkdir(exist_ok=True)
+    earlier = bundle / "reports" / "verify.html"
+    earlier.write_text("of an earlier run")
+    ladder["report"].skipped.append({"name": "report files", "reason": "reports: permission denied"})
+    outcome = run("verify", bundle)
+    assert outcome.error == "skipped: report files: reports: permission denied"
+    assert "report: " not in outcome.out
+    assert "skipped: FD" in outcome.out
+    ladder["report"] = Report(GOOD)
+    ladder["report"].html = earlier
+    assert f"report: {earlier}" in run("verify", bundle).out
 
 
 def test_no_bundle(run, tmp_path):
@@ -137,7 +168,7 @@ def test_a_real_bundle_and_a_damaged_one(run, var, tmp_path):
         file.truncate(1000)
     damaged = run("verify", copy)
     assert damaged.code == 1
-    assert "weights.data" in damaged.error
+    assert damaged.error.startswith(f"error: {copy}: integrity: {copy / 'weights.data'}: truncated")
 
 
 @pytest.mark.parametrize(

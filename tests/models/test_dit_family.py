@@ -74,7 +74,7 @@ def test_entries():
         assert family is FAMILY
         reference = name.startswith("dit-c10-")
         assert entry.image_size == (32 if reference else int(name.rpartition("-")[2]))
-        assert ("non-commercial" in entry.licence) is not reference
+        assert ("non-commercial" in entry.licence) is (name in ("dit-xl-2-256", "dit-xl-2-512"))
         assert entry.bundled is (reference and name != "dit-c10-d5")
     xl = find_model("dit-xl-2-512")[1]
     assert xl.files == ("DiT-XL-2-512x512.pt", "sd-vae-ft-ema/diffusion_pytorch_model.safetensors")

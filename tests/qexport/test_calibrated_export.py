@@ -15,7 +15,7 @@ from qexport.family import Generator, find_model
 from qexport.formats import get_format
 from qexport.graph.step_scales import with_step_scales
 from qexport.numerics.quantized import QuantizedTensor
-from qexport.quantize import assign_rules, places_of, stored_weights
+from qexport.quantize import assign_rules, places_of, require_exportable, stored_weights
 from qexport.recipe import Recipe, Rule
 from qexport.scheme import ActivationSpec, PerChannel, PerGroup, PerStep, PerToken, TensorSpec
 from qexport.solution import Activation, Solution
@@ -74,12 +74,24 @@ def test_what_a_decoder_cannot_have(var, rule, says):
             "activations in int6 cannot be exported",
         ),
         (Rule("blocks.*", INT8, activation=A8), "in the solution"),
+        *(
+            (Rule(LAYER, TensorSpec(get_format(name), PerGroup(32)), activation=spec), f"{name}.*--act-scales token")
+            for name in ("int8", "int6")
+            for spec in (A8, replace(A8, scales=PerStep()), replace(A8, symmetric=False))
+        ),
     ],
 )
 def test_refused_before_anything_is_written(var, rule, says, tmp_path: Path):
     with pytest.raises(InputError, match=says):
         export(var, recipe(rule), tmp_path / "out", progress=lambda stage, done, total: None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_that_run_are_not_refused(var):
+    grouped = TensorSpec(get_format("int8"), PerGroup(32))
+    for activation in (None, ActivationSpec(get_format("int8"), PerToken()), ActivationSpec(get_format("fp8-e4m3"))):
+        require_exportable({LAYER: Rule(LAYER, grouped, activation=activation)})
+    require_exportable({LAYER: Rule(LAYER, TensorSpec(get_format("int4"), PerGroup(32)), activation=A8)})
 
 
 def test_codes_of_a_solution_are_taken_and_those_of_another_weight_are_not(var):

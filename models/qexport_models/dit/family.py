@@ -49,6 +49,7 @@ EFFORT = Effort(samples=1, schedule="ddpm-10", calibration_samples=8, calibratio
 C10_EFFORT = Effort(samples=32, calibration_schedule="ddim-25")
 SD_VAE_FILE = "sd-vae-ft-ema/diffusion_pytorch_model.safetensors"
 LICENCE = "CC-BY-NC-4.0: non-commercial use only, of the weights and of what is made from them"
+OWN_LICENCE = "your own"
 
 
 class DiTQuality:
@@ -93,11 +94,10 @@ def load(entry: ModelEntry, checkpoint: str | None, vae_checkpoint: str | None) 
     Raises:
         CheckpointError: a file is missing, unreadable, or of another architecture.
     """
-    paths = {
-        "model": locate(entry, entry.files[0], checkpoint, "--checkpoint"),
-        "vae": locate(entry, entry.files[1], vae_checkpoint or companion(checkpoint), VAE_OPTION),
-    }
+    paths = {"model": locate(entry, entry.files[0], checkpoint, "--checkpoint")}
+    # First this file: where it is another model's, its decoder would be asked for in vain.
     dit = build_dit(entry.config["dit"], read_state(paths["model"]))
+    paths["vae"] = locate(entry, entry.files[1], vae_checkpoint or companion(checkpoint), VAE_OPTION)
     vae = build_autoencoder_kl(entry.config["vae"], read_state(paths["vae"], "vae"))
     return assemble(with_commits(entry, paths), dit, vae, {role: sha256(path) for role, path in paths.items()})
 
@@ -155,7 +155,8 @@ def _entry(name: str, config: DiTConfig) -> ModelEntry:
         size = "-".join(name.split("-")[1:3]).upper()
         files = (f"DiT-{size}-{image_size}x{image_size}.pt", SD_VAE_FILE)
         folder = "dl.fbaipublicfiles.com/DiT/models" if name in PUBLISHED else UNPUBLISHED
-        source, licence = f"{folder}; VAE Hugging Face stabilityai/sd-vae-ft-ema (MIT)", LICENCE
+        source = f"{folder}; VAE Hugging Face stabilityai/sd-vae-ft-ema (MIT)"
+        licence = LICENCE if name in PUBLISHED else OWN_LICENCE
     return ModelEntry(
         name=name,
         family="dit",

@@ -86,11 +86,10 @@ def load(entry: ModelEntry, checkpoint: str | None, vae_checkpoint: str | None) 
         CheckpointError: a file is missing, unreadable, or of another architecture.
     """
     config, vq_config = entry.config["gpt"], entry.config["vq"]
-    paths = {
-        "model": locate(entry, entry.files[0], checkpoint, "--checkpoint"),
-        "vae": locate(entry, entry.files[1], vae_checkpoint or companion(checkpoint), VAE_OPTION),
-    }
+    paths = {"model": locate(entry, entry.files[0], checkpoint, "--checkpoint")}
     gpt = build_strict(lambda: GPT(config), read_state(paths["model"]), f"{entry.name} ({paths['model'].name})")
+    # Only now: where the file above is another model's, its decoder would be asked for in vain.
+    paths["vae"] = locate(entry, entry.files[1], vae_checkpoint or companion(checkpoint), VAE_OPTION)
     vq = build_strict(lambda: VQ(vq_config), read_state(paths["vae"], "vae"), f"its VQ tokeniser ({paths['vae'].name})")
     return assemble(with_commits(entry, paths), gpt, vq, {role: sha256(path) for role, path in paths.items()})
 

@@ -64,8 +64,9 @@ def load(entry: ModelEntry, checkpoint: str | None, vae_checkpoint: str | None) 
     """
     config, vae_config = entry.config["var"], entry.config["vae"]
     path = locate(entry, entry.files[0], checkpoint, "--checkpoint")
-    vae_path = locate(entry, entry.files[1], vae_checkpoint or companion(checkpoint), VAE_OPTION)
+    # First this file: where it is another model's, its decoder would be asked for in vain.
     var = build_strict(lambda: VAR(config), read_state(path), f"{entry.name} ({path.name})")
+    vae_path = locate(entry, entry.files[1], vae_checkpoint or companion(checkpoint), VAE_OPTION)
     vae = build_strict(lambda: VQVAE(vae_config), read_state(vae_path, "vae"), f"its VQVAE ({vae_path.name})")
     paths = {"model": path, "vae": vae_path}
     return assemble(with_commits(entry, paths), var, vae, {role: sha256(path) for role, path in paths.items()})

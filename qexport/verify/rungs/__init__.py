@@ -11,11 +11,13 @@ what it should be (`BundleError`) is a failed check of the rung that noticed.
     frechet       FD of generated images
     speed         latency and peak memory
     pictures      images of all sides, for the HTML report
+    decision      why it is quantised so, for the HTML report
 """
 
 from __future__ import annotations
 
 from qexport.verify.rungs.climb import Climb
+from qexport.verify.rungs.decision import add_decision
 from qexport.verify.rungs.files import check_weights, describe_bundle
 from qexport.verify.rungs.frechet import check_frechet
 from qexport.verify.rungs.models import choose_effort, find_models
@@ -27,6 +29,7 @@ from qexport.verify.rungs.trajectories import check_trajectories
 
 __all__ = [
     "Climb",
+    "add_decision",
     "add_pictures",
     "add_speed",
     "check_frechet",

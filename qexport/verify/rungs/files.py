@@ -20,6 +20,7 @@ def describe_bundle(climb: Climb) -> None:
     report.bits_per_weight = manifest.totals.get("bits_per_weight_quantized") or manifest.totals.get(
         "bits_per_weight_all"
     )
+    report.notes = [note["text"] for note in manifest.notes]
     report.layers = [dict(row) for row in manifest.layers]
     detail = f"{len(manifest.files)} files, {bundle.size_bytes:,} bytes, every hash as in the manifest"
     report.checks.append(at_most("integrity", 0, 0, NOWHERE, detail, "files altered"))

@@ -59,3 +59,16 @@ def test_convolutions_in_groups_are_refused_and_nan_is_named() -> None:
     sums.add(torch.tensor([[1.0, torch.nan]]))
     with pytest.raises(InputError, match="NaN in calibration, first in channel 1"):
         sums.statistics().check(2, "layer")
+
+
+def test_constant_channels_over_all_parts() -> None:
+    x = np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32)
+    x[:, 1], x[:, 2], x[:, 3] = -2.5, 0, 1
+    x[::2, 3] = -1  # of one magnitude, not of one value
+    sums = InputSums(5)
+    assert not sums.constant().any()
+    for part in np.array_split(x, 3):
+        sums.add(torch.from_numpy(part))
+    assert sums.constant().tolist() == [False, True, False, False, False]
+    sums.add(torch.from_numpy(x[:1] + 1))
+    assert not sums.constant().any()

@@ -14,9 +14,9 @@ from qexport.errors import InputError
 from qexport.family import Generator
 from qexport.numerics.metrics import relative_l2
 from qexport.reference.backend import torch_player
+from qexport.reference.forced import forced_logits
 from qexport.runtime import load
 from qexport.verify.fd import measure_fd
-from qexport.verify.forced import forced_logits
 from qexport.verify.images import open_images
 from qexport.verify.quality import drawn_by, measure_quality, runtime_student, torch_student
 
