@@ -168,8 +168,8 @@ class Bench:
 class RoundedLogits:
     """Teacher forcing of a model whose layers see rounded inputs; a `qexport.family.LogitModel`.
 
-    All positions in one pass, where `qexport.reference.forced` takes a plan step by step: the scales of activations must
-    not change between steps.
+    All positions in one pass, where `qexport.reference.forced` takes a plan step by step: the scales of activations
+    must not change between steps.
 
     Raises:
         AssertionError: they do.
