@@ -243,13 +243,14 @@ def peak_bytes() -> int | None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     elsewhere = sorted({where for row in rows for where in (row.get("device"), row.get("fd_device")) if _away(where)})
+    lent = sum("from" in row.get("fd", ()) for row in rows)
     lines = [
         "# Post-training quantisation of the reference models",
         "",
         "Made by `python benchmarks/ptq_quality.py --images cifar_test.npz` (its header says how everything is",
         "measured); every line of `ptq_quality.jsonl` is a row here. Block matrices are quantised, nothing else. Bits",
         "per quantised weight include scales, as stored / as information. FD: FeatureNet, 95 % bootstrap interval,",
-        "only where it was asked for, most of it from `scaling.csv` (--from-scaling): same recipes, other machine.",
+        f"{lent} of them from `scaling.csv` (--from-scaling): same recipes, other machine; empty: not measured.",
         "s @ load: seconds of calibration and rounding, and the load average of the two cores while they were taken.",
         *(
             [f"† on {', '.join(elsewhere)}: after a method the row's figures, after an FD its images."]
