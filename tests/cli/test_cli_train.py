@@ -200,7 +200,11 @@ def test_a_loss_that_is_no_number_is_one_line_and_keeps_the_checkpoint(small, tm
 def test_too_little_memory_is_one_line_before_the_first_step(small, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("qexport.distill.memory.available_bytes", lambda: 1000)
     monkeypatch.setattr(Trainer, "run", lambda *given: pytest.fail("it began to train"))
-    outcome = small(*TRAIN, "--out", "b")
+    outcome = small(*TRAIN, "--out", "b")  # by what shapes tell, before calibration
+    assert outcome.code == 2
+    assert "distillation needs at least" in outcome.error
+    monkeypatch.setattr("qexport.training.least_bytes", lambda *given: 0)
+    outcome = small(*TRAIN, "--out", "b")  # by what the student was measured to take
     assert outcome.code == 2
     assert "distillation needs about" in outcome.error
     assert "--batch" in outcome.error

@@ -155,7 +155,7 @@ def test_not_a_bundle(tmp_path, folder):
 
 
 def test_destination_is_taken(folder):
-    with pytest.raises(InputError, match="toy: exists; choose another --out, or allow overwriting"):
+    with pytest.raises(InputError, match="toy: exists; choose another --out, or pass --overwrite"):
         toy_bundle.write(folder)
 
 
