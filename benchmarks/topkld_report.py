@@ -306,7 +306,7 @@ def goals_of(rows: Sequence[Row]) -> list[str]:
         )  # fmt: skip
     return section(
         "Goals",
-        "The best run of each, by KL on the test images.",
+        "The best run of each by KL on the test images, however long it took (of the time: `docs/topkld.md`).",
         ("model", "scheme", "KL at most", "KL", "", "loss", "trained"),
         body,
     )
