@@ -29,12 +29,12 @@ from qexport.family import Generator, find_model
 from qexport.scaling.analysis import plots
 from qexport.scaling.analysis.codebook import Codebook
 from qexport.scaling.analysis.draws import Draws, at_equal_kl
-from qexport.scaling.analysis.estimate import to_json
 from qexport.scaling.analysis.flips import flips
 from qexport.scaling.analysis.kinds import sensitivity_of_kinds
 from qexport.scaling.analysis.middle import middle_errors
 from qexport.scaling.analysis.moderators import fd_difference, moderator_rows
 from qexport.scaling.analysis.rediscretise import EACH, NONE, controls, decoded
+from qexport.scaling.analysis.resampled import to_json
 from qexport.scaling.analysis.subject import rounded
 from qexport.verify.environment import describe_environment
 from qexport.verify.fd import measure_fd

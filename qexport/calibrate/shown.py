@@ -15,7 +15,7 @@ Legend: B images of a batch, C h w latents, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,10 @@ from qexport.plan import Call, Plan
 from qexport.reference.device import device_of
 from qexport.reference.forced import UNGUIDED, ForcedBackend
 from qexport.reference.timestep import timestep_place
+from qexport.reference.wrapped import WrappedBackend
 from qexport.runtime import Backend, Player
 from qexport.runtime.inputs import label_input
 from qexport.runtime.noise import NoiseStream
-from qexport.runtime.player import PortLike
 
 
 def require_encoder(generator: Generator) -> None:
@@ -111,7 +111,7 @@ def timesteps_of(
     return [round(float(np.asarray(row).reshape(-1)[place])) for row in generator.tables[table][: call.iterations]]
 
 
-class NoisedBackend:
+class NoisedBackend(WrappedBackend[Tensor]):
     """A backend whose denoising graph does nothing but hand out, for each next step, the latents noised to it."""
 
     def __init__(
@@ -123,28 +123,9 @@ class NoisedBackend:
         noise: NoiseStream,
     ) -> None:
         """Wrap `backend` for one play; `timesteps` are those of all calls of the denoising graph, in order."""
-        self._backend, self._spec, self._latents, self._timesteps = backend, spec, latents_BChw, timesteps
+        super().__init__(backend)
+        self._spec, self._latents, self._timesteps = spec, latents_BChw, timesteps
         self._noise, self._next = noise, 1
-
-    def inputs(self, graph: str) -> Mapping[str, PortLike]:
-        """See `Backend`."""
-        return self._backend.inputs(graph)
-
-    def outputs(self, graph: str) -> Collection[str]:
-        """See `Backend`."""
-        return self._backend.outputs(graph)
-
-    def put(self, array: np.ndarray) -> Tensor:
-        """See `Backend`."""
-        return self._backend.put(array)
-
-    def get(self, value: Tensor) -> np.ndarray:
-        """See `Backend`."""
-        return self._backend.get(value)
-
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """See `Backend`."""
-        return self._backend.zeros(shape, dtype)
 
     def run(self, graph: str, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Mapping[str, Tensor]:
         """Run a graph; the denoising one is not run, and after its last call come the latents themselves."""

@@ -11,17 +11,17 @@ Logits are those before temperature and filters, so none of this changes them. T
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from qexport.errors import BundleError
 from qexport.family import DrawSpec
+from qexport.reference.wrapped import WrappedBackend
 from qexport.runtime import Backend, Player
 from qexport.runtime.inputs import label_input
-from qexport.runtime.player import PortLike
 
 FLATTENING_TEMPERATURE = 100.0
 """Logits of ± 50 then give shares within a factor e of 1/V."""
@@ -32,33 +32,14 @@ UNGUIDED = {"cfg": 0.0}
 V = TypeVar("V")
 
 
-class ForcedBackend(Generic[V]):
+class ForcedBackend(WrappedBackend[V]):
     """A backend whose draws are decided by `tokens_BL`, consumed from left to right."""
 
     def __init__(self, backend: Backend[V], draw: DrawSpec, tokens_BL: np.ndarray) -> None:
         """Wrap `backend` for one batch of tokens (B, L), all that one play draws."""
-        self._backend, self._draw, self._tokens = backend, draw, tokens_BL
+        super().__init__(backend)
+        self._draw, self._tokens = draw, tokens_BL
         self._next = 0
-
-    def inputs(self, graph: str) -> Mapping[str, PortLike]:
-        """See `Backend`."""
-        return self._backend.inputs(graph)
-
-    def outputs(self, graph: str) -> Collection[str]:
-        """See `Backend`."""
-        return self._backend.outputs(graph)
-
-    def put(self, array: np.ndarray) -> V:
-        """See `Backend`."""
-        return self._backend.put(array)
-
-    def get(self, value: V) -> np.ndarray:
-        """See `Backend`."""
-        return self._backend.get(value)
-
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> V:
-        """See `Backend`."""
-        return self._backend.zeros(shape, dtype)
 
     def run(self, graph: str, feeds: Mapping[str, V], outputs: tuple[str, ...]) -> Mapping[str, V]:
         """Run a graph; a drawing one draws the next tokens.

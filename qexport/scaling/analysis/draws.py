@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qexport.scaling.analysis.estimate import Estimate, estimate, ratio
+from qexport.scaling.analysis.resampled import Resampled, estimate, ratio
 
 BINS = 10
 """Draws are sorted by KL into so many equal bins."""
@@ -45,15 +45,15 @@ class Draws:
     columns: Mapping[str, np.ndarray]
     samples: int
 
-    def per_call(self) -> list[dict[str, Estimate]]:
+    def per_call(self) -> list[dict[str, Resampled]]:
         """Figures of each call; `hard` and `soft` relative to the mean of `code` and of `mean`."""
         return [self._summary(self.call == call) for call in range(int(self.call.max()) + 1)]
 
-    def overall(self) -> dict[str, Estimate]:
+    def overall(self) -> dict[str, Resampled]:
         """The same over all draws."""
         return self._summary(np.ones(len(self.call), np.bool_))
 
-    def by_error(self) -> list[dict[str, Estimate]]:
+    def by_error(self) -> list[dict[str, Resampled]]:
         """The same for each of `BINS` equal shares of the draws, in order of KL; shares are not sorted anew."""
         order = np.argsort(self.columns["kl"], kind="stable")
         found = []
@@ -71,7 +71,7 @@ class Draws:
         sums, counts = (np.bincount(cell, weight, np.prod(shape)) for weight in (self.columns[name], None))
         return sums.reshape(shape), counts.reshape(shape)
 
-    def _summary(self, chosen: np.ndarray) -> dict[str, Estimate]:
+    def _summary(self, chosen: np.ndarray) -> dict[str, Resampled]:
         owner = self.image[chosen]
         columns = {**self.columns, "draws": np.ones(len(self.call))}
         sums = {name: np.bincount(owner, column[chosen], self.samples) for name, column in columns.items()}
@@ -79,7 +79,7 @@ class Draws:
         return {"draws": estimate(lambda mean: mean * self.samples, sums["draws"]), **found}
 
 
-def at_equal_kl(one: Draws, other: Draws, name: str = "race_flip") -> Estimate:
+def at_equal_kl(one: Draws, other: Draws, name: str = "race_flip") -> Resampled:
     """How much greater the mean of a column is in `other` than in `one` between draws of the same KL.
 
     Σ_k w_k (mean of other − mean of one) / Σ_k w_k over the bins of `KL_EDGES`, w = n n′ / (n + n′) of the draws in a

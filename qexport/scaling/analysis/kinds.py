@@ -25,7 +25,7 @@ from qexport.family import Generator
 from qexport.formats import get_format
 from qexport.quantize import assign_rules
 from qexport.recipe import recipe_for
-from qexport.scaling.analysis.estimate import Estimate, estimate, ratio
+from qexport.scaling.analysis.resampled import Resampled, estimate, ratio
 from qexport.scheme import DEFAULT_GROUP_SIZE, PerGroup, TensorSpec, preset
 
 FORMATS = ("int4", "int2")
@@ -52,13 +52,13 @@ class Kind:
     number_format: str
     layers: int
     weights: int
-    cost: Estimate
-    share: Estimate
+    cost: Resampled
+    share: Resampled
     next_kind: str | None
-    over_next: Estimate | None
+    over_next: Resampled | None
 
     @property
-    def per_million(self) -> Estimate:
+    def per_million(self) -> Resampled:
         """Cost of a million weights."""
         return _scaled(self.cost, 1e6 / self.weights)
 
@@ -119,7 +119,7 @@ def _terms(figures: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return figures["output_error"], figures["output_power"]
 
 
-def _cost(layers: Sequence[Layer]) -> Estimate:
+def _cost(layers: Sequence[Layer]) -> Resampled:
     """Σ over layers of max(Σ above / Σ below, 0)."""
 
     def combine(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -129,5 +129,5 @@ def _cost(layers: Sequence[Layer]) -> Estimate:
     return estimate(combine, above_NL, below_NL)
 
 
-def _scaled(figure: Estimate, factor: float) -> Estimate:
-    return Estimate(figure.value * factor, figure.samples * factor, figure.images)
+def _scaled(figure: Resampled, factor: float) -> Resampled:
+    return Resampled(figure.value * factor, figure.samples * factor, figure.images)

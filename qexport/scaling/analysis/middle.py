@@ -6,7 +6,7 @@ Two ways of asking, on the same labels and noise:
   (where there is a cache of keys and values, it is full precision's)
 - *free*: both play by themselves: what has piled up. Where tokens are drawn, this holds tokens that differ.
 
-Sums are kept for each image, and intervals are of drawing images (`qexport.scaling.analysis.estimate`).
+Sums are kept for each image, and intervals are of drawing images (`qexport.scaling.analysis.resampled`).
 
 Legend: N images, S calls of the graph, D blocks.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qexport.family import Generator
 from qexport.runtime import CallRecord
-from qexport.scaling.analysis.estimate import Estimate, estimate, relative_l2, squares, to_json
+from qexport.scaling.analysis.resampled import Resampled, estimate, relative_l2, squares, to_json
 from qexport.scaling.analysis.streams import Streams
 from qexport.scaling.analysis.subject import Subject, subject_of
 from qexport.verify.trajectory import label_inputs, labels_for
@@ -42,15 +42,15 @@ class MiddleErrors:
     `forced_state`, `free_state` (S,) of what it hands on.
     """
 
-    forced: Estimate
-    free: Estimate
-    forced_output: Estimate
-    free_output: Estimate
-    forced_state: Estimate
-    free_state: Estimate
+    forced: Resampled
+    free: Resampled
+    forced_output: Resampled
+    free_output: Resampled
+    forced_state: Resampled
+    free_state: Resampled
     samples: int
 
-    def ratios(self) -> dict[str, Estimate]:
+    def ratios(self) -> dict[str, Resampled]:
         """What grows with what, all of forced errors and (S,).
 
         `depth`: after the last block over after the first; `output_over_first`, `block_over_first` (the last block) and
@@ -66,7 +66,7 @@ class MiddleErrors:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        errors = {name: value for name, value in vars(self).items() if isinstance(value, Estimate)}
+        errors = {name: value for name, value in vars(self).items() if isinstance(value, Resampled)}
         return {**to_json(errors), "ratios": to_json(self.ratios()), "samples": self.samples}
 
 
@@ -92,7 +92,7 @@ def middle_errors(
     calls = 1 + max(call for _, call, _ in pair.sums)
     depth = len(Streams(pair.ours).blocks)
 
-    def table(way: str, places: list[int | str]) -> Estimate:
+    def table(way: str, places: list[int | str]) -> Resampled:
         cells_SD = [[pair.sums[way, call, place] for place in places] for call in range(calls)]
         sums_SD2N = np.array([[np.concatenate(parts, axis=1) for parts in row] for row in cells_SD])
         error_NSD, power_NSD = np.moveaxis(sums_SD2N, (2, 3), (0, 1))

@@ -13,8 +13,8 @@ from typing import Any
 
 from qexport.family import Generator
 from qexport.reference import torch_player
-from qexport.scaling.analysis.estimate import Estimate, estimate, relative_l2, squares, to_json
 from qexport.scaling.analysis.flips import flips
+from qexport.scaling.analysis.resampled import Resampled, estimate, relative_l2, squares, to_json
 from qexport.verify.denoise_quality import play_trajectories
 from qexport.verify.fd import FrechetResult, measure_fd
 from qexport.verify.trajectory import label_inputs, labels_for
@@ -48,7 +48,7 @@ def moderator_rows(
     `change` is a figure minus that at the first setting; `fd` is of `images` images, left out where that is 0,
     `fd_over_full` is the FD minus full precision's at the same setting, `fd_change` minus its own at the first one.
     """
-    first: dict[str, dict[str, Estimate]] = {}
+    first: dict[str, dict[str, Resampled]] = {}
     first_fd: dict[str, FrechetResult] = {}
     for settings in settings_of(full):
         row: dict[str, Any] = {"settings": dict(settings)}
@@ -71,7 +71,7 @@ def moderator_rows(
 
 def moderated(
     full: Generator, quantised: Generator, settings: Mapping[str, float], *, samples: int, seed: int = 0
-) -> dict[str, Estimate]:
+) -> dict[str, Resampled]:
     """One setting, on `samples` trajectories: KL and flips of a model that draws, or the error of the final latents."""
     if full.draw is not None:
         summary = flips(full, quantised, samples=samples, seed=seed, inputs=settings).overall()

@@ -27,7 +27,7 @@ _BAND = 0.18
 """Opacity of an interval around a line."""
 
 Estimated = Mapping[str, Any]
-"""`Estimate.to_json`: ``value`` and ``ci95``."""
+"""`Resampled.to_json`: ``value`` and ``ci95``."""
 
 Lines = Mapping[str, Estimated]
 

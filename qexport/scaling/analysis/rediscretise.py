@@ -31,7 +31,7 @@ from qexport.family import DenoiserModel, Generator
 from qexport.reference import torch_player
 from qexport.runtime.noise import NoiseStream
 from qexport.scaling.analysis.codebook import Codebook
-from qexport.scaling.analysis.estimate import Estimate, estimate, relative_l2, squares, to_json
+from qexport.scaling.analysis.resampled import Resampled, estimate, relative_l2, squares, to_json
 from qexport.verify.trajectory import labels_for
 
 STEPS = 25
@@ -49,10 +49,10 @@ class Control:
     """
 
     way: str
-    error: Estimate
-    before: Estimate
-    flip: Estimate
-    over_continuous: Estimate
+    error: Resampled
+    before: Resampled
+    flip: Resampled
+    over_continuous: Resampled
     samples: int
 
     def to_json(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from qexport.scaling.analysis.estimate import estimate, ratio, relative_l2, squares, to_json
+from qexport.scaling.analysis.resampled import estimate, ratio, relative_l2, squares, to_json
 from qexport.scaling.figures import draws
 
 

@@ -26,22 +26,22 @@ DIGITS = 5
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Resampled:
     """`value` (…) over `images` images, and `samples` (R, …) of it; arithmetic is resample by resample."""
 
     value: np.ndarray
     samples: np.ndarray
     images: int
 
-    def __sub__(self, other: Estimate) -> Estimate:
+    def __sub__(self, other: Resampled) -> Resampled:
         return self._with(other, np.subtract)
 
-    def __truediv__(self, other: Estimate) -> Estimate:
+    def __truediv__(self, other: Resampled) -> Resampled:
         return self._with(other, ratio)
 
-    def __getitem__(self, index: Any) -> Estimate:
+    def __getitem__(self, index: Any) -> Resampled:
         own = index if isinstance(index, tuple) else (index,)
-        return Estimate(self.value[own], self.samples[(slice(None), *own)], self.images)
+        return Resampled(self.value[own], self.samples[(slice(None), *own)], self.images)
 
     @property
     def ci95(self) -> np.ndarray:
@@ -59,19 +59,19 @@ class Estimate:
         """Plain data: ``value``, ``ci95`` (pairs, nested as the value is), ``n``; what is not finite is None."""
         return {"value": _plain(self.value), "ci95": _plain(self.ci95), "n": self.images}
 
-    def _with(self, other: Estimate, combine: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
+    def _with(self, other: Resampled, combine: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Resampled:
         assert self.images == other.images, "figures of different images do not move together"
         samples = combine(self.samples, other.samples)
-        return Estimate(np.asarray(combine(self.value, other.value)), samples, self.images)
+        return Resampled(np.asarray(combine(self.value, other.value)), samples, self.images)
 
 
-def estimate(combine: Callable[..., np.ndarray], *columns: np.ndarray) -> Estimate:
+def estimate(combine: Callable[..., np.ndarray], *columns: np.ndarray) -> Resampled:
     """What `combine` makes of the means over images of columns (N, …), elementwise in the leading dimension R."""
     images = len(columns[0])
     counts_RN = draws(images)
     value = combine(*(np.asarray(column, np.float64).mean(axis=0)[None] for column in columns))[0]
     samples = combine(*(np.tensordot(counts_RN, np.asarray(column, np.float64), axes=1) / images for column in columns))
-    return Estimate(np.asarray(value), samples, images)
+    return Resampled(np.asarray(value), samples, images)
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -101,8 +101,8 @@ def _plain(array: np.ndarray) -> Any:
     return float(f"{float(array):.{DIGITS}g}") if np.isfinite(array) else None
 
 
-def to_json(figures: dict[str, Estimate] | Sequence[dict[str, Estimate]]) -> Any:
-    """`Estimate.to_json` of figures by name, or of a list of such."""
+def to_json(figures: dict[str, Resampled] | Sequence[dict[str, Resampled]]) -> Any:
+    """`Resampled.to_json` of figures by name, or of a list of such."""
     if isinstance(figures, dict):
         return {name: figure.to_json() for name, figure in figures.items()}
     return [to_json(each) for each in figures]
