@@ -1,12 +1,15 @@
 """The CPU provider: bundles, portable and lowered to ort-cpu, against torch eager and torch.compile, in one run.
 
     python benchmarks/cpu_targets.py --out benchmarks/results/cpu_targets          (the whole table, about an hour)
+    python benchmarks/cpu_targets.py --models var-d16 --whole --batches 1          (images of it, not ten steps)
+    python benchmarks/cpu_targets.py --models var-d16 --batches 8 --targets ort-cpu --against fp32,eager,compile
     python benchmarks/cpu_targets.py --rehearse                                    (two minutes: does it run at all?)
 
 Bundles are made here and measured by `qexport bench`, whose rules hold: every contender in a process of its own, in
 turns, ratios of times in the same turn, memory above an empty process. Whole images of the small models, one denoising
-step of DiT-B/2, the ten steps of var-d16 without its decoder. Weights of the published shapes are random numbers; speed
-does not depend on them.
+step of DiT-B/2, the ten steps of var-d16 without its decoder; where whole images are made, W8A8 with the decoder in
+int8, too (W8A8 D8). Weights of the published shapes are random numbers; speed does not depend on them. All contenders
+are in memory together: ten of var-d16 at batch 8 do not fit into 24 GiB, so fewer are asked for there.
 """
 
 from __future__ import annotations
@@ -16,16 +19,16 @@ import json
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 SEED = 0
 TARGET = "ort-cpu"
-FORMS = {"W8A8": (8, 8), "W8A16": (8, 16), "W4A16": (4, 16)}
-"""Bits of weights and activations."""
+FORMS = {"W8A8": (8, 8, 16), "W8A16": (8, 16, 16), "W4A16": (4, 16, 16), "W8A8 D8": (8, 8, 8)}
+"""Bits of weights, of activations, and of the decoder's convolutions, both."""
 
-AGAINST = ("fp32", "fp16", "eager", "compile")
+AGAINST = "fp32,fp16,eager,compile"
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,14 @@ SUBJECTS = (
 REHEARSAL = (Subject("dit-c10-d2", 2, random=False), Subject("var-c10-d2", None, random=False))
 
 
-def make_bundle(subject: Subject, wbits: int, abits: int, folder: str) -> None:
+def make_bundle(subject: Subject, wbits: int, abits: int, decoder: int, folder: str) -> None:
     """Quantise, with a calibration that is just enough for scales, and lower."""
     from qexport.lower import lower
     from qexport.pipeline import quantize
-    from qexport.request import Request
+    from qexport.request import Request, decoder_scheme
     from qexport.scheme import preset
 
-    request = Request(preset(wbits, abits), samples=1)
+    request = Request(preset(wbits, abits), samples=1, decoder=decoder_scheme(decoder, decoder))
     quantize(subject.name, request=request, random_weights=SEED if subject.random else None, out=folder)
     lower(folder, TARGET)
 
@@ -72,17 +75,20 @@ def measure(subject: Subject, args: argparse.Namespace, folder: Path) -> dict[st
     from qexport.bench.run import bench
 
     bundles = []
-    for name, (wbits, abits) in FORMS.items():
-        bundles.append(folder / f"{subject.name}-{name}")
-        in_a_process(make_bundle, subject, wbits, abits, str(bundles[-1]))
+    for name, (wbits, abits, decoder) in FORMS.items():
+        if decoder == 8 and subject.calls is not None:
+            continue  # it is not played
+        bundles.append(folder / f"{subject.name} {name}")
+        in_a_process(make_bundle, subject, wbits, abits, decoder, str(bundles[-1]))
     report = bench(
         bundles,
         batches=[int(size) for size in args.batches.split(",")],
         provider="cpu",
+        targets=args.targets.split(","),
         threads=args.threads,
         runs=args.repeats,
         warm_up=args.warmup,
-        against=[name for name in AGAINST if name != "compile" or not args.no_compile],
+        against=[name for name in args.against.split(",") if name != "compile" or not args.no_compile],
         calls=subject.calls,
         reports=False,
     )
@@ -120,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", help="comma-separated; all by default")
     parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--whole", action="store_true", help="whole images of every model")
+    parser.add_argument("--targets", default=f"portable,{TARGET}", help="which graphs of the bundles take part")
+    parser.add_argument("--against", default=AGAINST, help="references of `qexport bench`")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
@@ -132,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.batches, args.repeats, args.warmup = "1,2", 1, 1
     if args.models:
         subjects = tuple(subject for subject in subjects if subject.name in args.models.split(","))
+    if args.whole:
+        subjects = tuple(replace(subject, calls=None) for subject in subjects)
     from qexport.verify.environment import describe_environment
 
     report: dict[str, Any] = {

@@ -19,6 +19,7 @@ from qexport.quantize import assign_rules, require_exportable, why_not_exportabl
 from qexport.recipe import Recipe
 from qexport.request import DEFAULT_METHOD, TRAINED_FROM, Request
 from qexport.scheme import Scheme, preset
+from qexport.solve import needs_calibration, solve
 
 if TYPE_CHECKING:
     from qexport.training import Training
@@ -96,43 +97,57 @@ def quantize(
             recipe = of_recipe(generator, recipe, given)
         elif given is not None:
             asked = on_images(generator, asked, given)
-    decision = Decision(recipe) if recipe else decide(generator, asked, tell)
-    recipe = decision.recipe
-    name = scheme_name(recipe, trained_by)
-    folder = Path(out) if out is not None else DEFAULT_FOLDER / f"{generator.entry.name}-{name}"
-    rules = assign_rules(generator, recipe)
-    require_exportable(rules)
-    from qexport.solve import needs_calibration, solve
-
     if training is None:
-        with _work(folder, "calibration", needs_calibration(rules.values())) as work:
-            solution = solve(generator, recipe, work=work, progress=tell)
-            bundle = export(generator, recipe, folder, solution=solution, overwrite=overwrite, progress=tell)
+        decision = Decision(recipe) if recipe else decide(generator, asked, tell)
+        folder = _folder(out, generator, decision.recipe)
+        with _work(folder, "calibration", _calibrates(generator, decision.recipe)) as work:
+            solution = solve(generator, decision.recipe, work=work, progress=tell)
+            bundle = export(generator, decision.recipe, folder, solution=solution, overwrite=overwrite, progress=tell)
         return _told(_with_reports(bundle, decision.reports), note)
 
-    from qexport.distill import is_first, process_group, wait
+    from qexport.distill import from_first, is_first, process_group, wait
+    from qexport.reference import apply_folds
     from qexport.training import fine_tune, require_trainable
 
-    require_trainable(generator, recipe, training)
-    _require_free(folder, overwrite)
-    with (
-        process_group(training.device),
-        _work(folder, "calibration", needs_calibration(rules.values()) and is_first()) as work,
-        _work(folder, "training", True) as checkpoints,
-    ):
-        solution = solve(generator, recipe, work=work, progress=tell)
-        trained = fine_tune(
-            generator, recipe, solution, training, images=images, work=checkpoints, progress=tell,
-            note=note or (lambda line: None),
-        )  # fmt: skip
-        if is_first():
-            bundle = export(
-                generator, recipe, folder, solution=trained.solution, training=trained.record, overwrite=overwrite,
-                progress=tell,
+    with process_group(training.device):  # of several, the first calibrates for all
+        decision = Decision(recipe) if recipe else from_first(lambda: decide(generator, asked, tell))
+        recipe = decision.recipe
+        folder = _folder(out, generator, recipe, trained_by)
+        calibrates = _calibrates(generator, recipe)
+        require_trainable(generator, recipe, training)
+        _require_free(folder, overwrite)
+        with (
+            _work(folder, "calibration", calibrates and is_first()) as work,
+            _work(folder, "training", True) as checkpoints,
+        ):
+            solution = from_first(lambda: solve(generator, recipe, work=work, progress=tell))
+            if not is_first():
+                apply_folds(generator, solution.smooth)
+            trained = fine_tune(
+                generator, recipe, solution, training, images=images, work=checkpoints, progress=tell,
+                note=note or (lambda line: None),
             )  # fmt: skip
-            _told(_with_reports(bundle, {**decision.reports, TRAINING_REPORT: trained.report_bytes()}), note)
-        wait()
+            if is_first():
+                bundle = export(
+                    generator, recipe, folder, solution=trained.solution, training=trained.record, overwrite=overwrite,
+                    progress=tell,
+                )  # fmt: skip
+                _told(_with_reports(bundle, {**decision.reports, TRAINING_REPORT: trained.report_bytes()}), note)
+            wait()
     return Bundle.open(folder, check="size")
+
+
+def _folder(out: str | Path | None, generator: Generator, recipe: Recipe, trained_by: str | None = None) -> Path:
+    """Where the bundle goes."""
+    name = f"{generator.entry.name}-{scheme_name(recipe, trained_by)}"
+    return Path(out) if out is not None else DEFAULT_FOLDER / name
+
+
+def _calibrates(generator: Generator, recipe: Recipe) -> bool:
+    """Whether the recipe, which must be one that can be exported, needs to see inputs."""
+    rules = assign_rules(generator, recipe)
+    require_exportable(rules)
+    return needs_calibration(rules.values())
 
 
 def _require_sound(request: Request) -> None:

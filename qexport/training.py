@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qexport.distill import TOPK_LOSSES, Distilled, DistillSettings, Samples, distill, image_tokens
+from qexport.distill import TOPK_LOSSES, Distilled, DistillSettings, Samples, distill, from_first, image_tokens
 from qexport.distill.least import least_bytes
 from qexport.distill.memory import require_memory
 from qexport.distill.processes import launched, own_device, require_shares, sharing
@@ -174,7 +174,7 @@ def fine_tune(
     data = None
     if images is not None:
         settings = _held_out_of(images, settings)
-        data = _tokens(generator, images, settings, progress)
+        data = from_first(lambda: _tokens(generator, images, settings, progress))
 
     def step(done: int, total: int, loss: float, held: float) -> None:
         progress(f"{STAGE}: loss {loss:.4f}, held-out {figure} {held:.4f}", done, total)

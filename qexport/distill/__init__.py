@@ -2,7 +2,7 @@
 
 from qexport.distill.data import Samples, drawn_latents, drawn_tokens, image_tokens
 from qexport.distill.losses import LOSSES, TOPK_LOSSES, Distillation
-from qexport.distill.processes import is_first, process_group, wait
+from qexport.distill.processes import from_first, is_first, process_group, wait
 from qexport.distill.run import Distilled, distill
 from qexport.distill.settings import DistillSettings
 from qexport.distill.trainer import History
@@ -18,6 +18,7 @@ __all__ = [
     "distill",
     "drawn_latents",
     "drawn_tokens",
+    "from_first",
     "image_tokens",
     "is_first",
     "process_group",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qexport.distill.tasks import Batch
-from qexport.errors import InputError
+from qexport.errors import InputError, QexportError
 
 T = TypeVar("T")
 
@@ -150,12 +150,31 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What the first process made, in each of them; it must be picklable."""
+    """What the first process made, in each of them; it must be picklable.
+
+    The others wait, so on a CPU it has their threads while it does: as many as one process alone would have, which
+    gives the same numbers. What the first refuses, all refuse.
+    """
     if not joined():
         return make()
-    held: list[Any] = [make() if is_first() else None]
+    held: list[Any] = [_outcome(make) if is_first() else None]
     dist.broadcast_object_list(held, src=0)
-    return held[0]
+    made, error = held[0]
+    if error is not None:
+        raise error
+    return made
+
+
+def _outcome(make: Callable[[], T]) -> tuple[T | None, QexportError | None]:
+    """What was made with the threads of all processes of this host, or why not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads * local_count())
+    try:
+        return make(), None
+    except QexportError as error:
+        return None, error
+    finally:
+        torch.set_num_threads(threads)
 
 
 def part(full: Tensor, like: Tensor) -> Tensor:
