@@ -8,7 +8,7 @@
 Bundles are made here and measured by `qexport bench`, whose rules hold: every contender in a process of its own, in
 turns, ratios of times in the same turn, memory above an empty process. Whole images of the small models, one denoising
 step of DiT-B/2, the ten steps of var-d16 without its decoder; where whole images are made, W8A8 with the decoder in
-int8, too (W8A8 D8). Weights of the published shapes are random numbers; speed does not depend on them. All contenders
+int8, too (W8A8-D8). Weights of the published shapes are random numbers; speed does not depend on them. All contenders
 are in memory together: ten of var-d16 at batch 8 do not fit into 24 GiB, so fewer are asked for there.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 
 SEED = 0
 TARGET = "ort-cpu"
-FORMS = {"W8A8": (8, 8, 16), "W8A16": (8, 16, 16), "W4A16": (4, 16, 16), "W8A8 D8": (8, 8, 8)}
+FORMS = {"W8A8": (8, 8, 16), "W8A16": (8, 16, 16), "W4A16": (4, 16, 16), "W8A8-D8": (8, 8, 8)}
 """Bits of weights, of activations, and of the decoder's convolutions, both."""
 
 AGAINST = "fp32,fp16,eager,compile"
@@ -78,7 +78,7 @@ def measure(subject: Subject, args: argparse.Namespace, folder: Path) -> dict[st
     for name, (wbits, abits, decoder) in FORMS.items():
         if decoder == 8 and subject.calls is not None:
             continue  # it is not played
-        bundles.append(folder / f"{subject.name} {name}")
+        bundles.append(folder / f"{subject.name}-{name}")
         in_a_process(make_bundle, subject, wbits, abits, decoder, str(bundles[-1]))
     report = bench(
         bundles,

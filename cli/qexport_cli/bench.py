@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qexport.errors import InputError
-from qexport_cli.files import check_file, replacing
+from qexport_cli.files import check_file, new_file
 from qexport_cli.options import CheckpointOption, JsonOption, ProviderOption, VaeCheckpointOption
 from qexport_cli.progress import work
 from qexport_cli.render import (
@@ -228,7 +228,7 @@ def _calibrate(provider: str, threads: int | None, out: Path | None, json: bool)
 
         found: Calibrated = calibrate(provider, threads, progress=progress)
     path = out or found.path
-    with replacing(path) as partial:
+    with new_file(path) as partial:
         partial.write_text(found.table.dumps(), encoding="utf-8")
     if json:
         print_json(found.table.to_json())

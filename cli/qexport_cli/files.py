@@ -11,21 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qexport.errors import InputError
-from qexport.hidden import partial_of
+from qexport.hidden import replacing
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to: renamed to `path` after the block, removed if an error leaves it."""
+def new_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, as of `replacing`; folders above it are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(path)
-    try:
+    with replacing(path) as partial:
         yield partial
-        partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
 
 
 def check_file(option: str, path: Path, suffix: str = "") -> None:

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from qexport.errors import InputError
 from qexport.runtime.pixels import to_pixels
-from qexport_cli.files import replacing
+from qexport_cli.files import new_file
 
 VISIBLE_PIXELS = 128
 """Images narrower than this are enlarged in a grid, so that 32 × 32 ones can be seen."""
@@ -46,5 +46,5 @@ def write_png(path: Path, pixels_HWC: npt.NDArray[np.uint8], texts: Mapping[str,
     info = PngInfo()
     for name, text in texts.items():
         info.add_itxt(name, text)
-    with replacing(path) as partial, partial.open("wb") as file:
+    with new_file(path) as partial, partial.open("wb") as file:
         Image.fromarray(pixels_HWC).save(file, format="PNG", pnginfo=info)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qexport_cli.files import check_file, replacing
+from qexport_cli.files import check_file, new_file
 from qexport_cli.options import JsonOption, ProviderOption
 from qexport_cli.progress import work
 from qexport_cli.render import figure, print_facts, print_json, print_line, print_note
@@ -51,7 +51,7 @@ def score(
             progress=progress,
         )  # fmt: skip
         if save is not None:
-            with replacing(save) as partial, partial.open("wb") as file:
+            with new_file(save) as partial, partial.open("wb") as file:
                 write_statistics(file, found.statistics, found.weights_sha256)
     for note in found.notes:
         print_note(f"note: {note}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qexport.errors import InputError
-from qexport_cli.files import check_file, replacing
+from qexport_cli.files import check_file, new_file
 from qexport_cli.options import CheckpointOption, JsonOption, ProviderOption, VaeCheckpointOption, check_pair
 from qexport_cli.progress import work
 from qexport_cli.render import print_json, print_note
@@ -105,7 +105,7 @@ def verify(
     if html is not None:
         from qexport.verify.report_html import render
 
-        with replacing(html) as partial:
+        with new_file(html) as partial:
             partial.write_text(render(report), encoding="utf-8")
     if json:
         print_json(data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from qexport.bench.timing import RUNS, WARM_UP, Turns, race
 from qexport.bundle import Bundle
 from qexport.bundle.files import WEIGHTS
 from qexport.errors import InputError
+from qexport.hidden import meant_by, replacing
 from qexport.lower.work import GraphWork, plan_work
 from qexport.runtime.clock import TOTAL
 from qexport.runtime.runtime import quant_traits
@@ -236,13 +236,10 @@ def _environment(provider: str) -> dict[str, object]:
 
 def _write(bundle: Bundle, report: BenchReport) -> None:
     """Whole or not at all; where it cannot be written, the report says so."""
-    path = bundle.reports / REPORT
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         bundle.reports.mkdir(exist_ok=True)
-        partial.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with replacing(bundle.reports / REPORT) as partial:
+            partial.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        report.left_out["report file"] = f"{error.filename or path}: {error.strerror}"
-    finally:
-        partial.unlink(missing_ok=True)
+        where = meant_by(str(error.filename or bundle.reports / REPORT))
+        report.left_out["report file"] = f"{where}: {error.strerror}"

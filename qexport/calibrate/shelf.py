@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 import weakref
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qexport.errors import InputError
+from qexport.hidden import replacing
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,9 @@ class Shelf:
 
         told = [[call.graph, call.step, {port: described(x) for port, x in call.feeds.items()}] for call in calls]
         path = self._path(name)
-        partial = path.with_suffix(f".{os.getpid()}")
         try:
-            save_file(tensors, partial, {_CALLS: json.dumps(told)})
-            partial.replace(path)
+            with replacing(path) as partial:
+                save_file(tensors, partial, {_CALLS: json.dumps(told)})
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot be written ({error}); recorded calls need room on the disk") from error
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qexport.errors import InputError
+from qexport.hidden import replacing
 
 _KEY_LENGTH = 16
 
@@ -48,12 +49,10 @@ class Checkpoints:
         Raises:
             InputError: it cannot be written, because the disk is full, say.
         """
-        temporary = self.folder / f"{name}.tmp"
         try:
-            torch.save(state, temporary)
-            temporary.replace(self.folder / name)
+            with replacing(self.folder / name) as partial:
+                torch.save(state, partial)
         except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
             raise InputError(f"{self.folder / name}: cannot be written ({error})") from error
 
     def load(self, name: str) -> Any | None:

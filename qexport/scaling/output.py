@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from qexport.hidden import replacing
 from qexport.scaling.axes import COMPUTE
 from qexport.scaling.curves import curves_of
 from qexport.scaling.figures import FD
@@ -52,10 +52,6 @@ def write_results(selection: Selection, folder: Path, report: Path | None) -> tu
 
 def _write(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with replacing(path) as partial:
         partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path

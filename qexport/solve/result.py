@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from qexport.errors import InputError
 from qexport.family import Generator
+from qexport.hidden import replacing
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.recipe import Recipe, Rule
 from qexport.remarks import Remark
@@ -91,10 +91,8 @@ class Workplace:
 
     def save(self, number: int, result: StageResult) -> None:
         """Keep the result of a finished stage."""
-        path = self._path(number)
-        partial = path.with_suffix(f".{os.getpid()}")
-        save_file(_pack(result), partial)
-        partial.replace(path)
+        with replacing(self._path(number)) as partial:
+            save_file(_pack(result), partial)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"stage-{number:03d}.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qexport.hidden import meant_by, partial_of
+from qexport.hidden import meant_by, replacing
 from qexport.verify.checks import Skipped
 from qexport.verify.report import VerifyReport
 from qexport.verify.report_html import render
@@ -29,10 +29,6 @@ def write_reports(report: VerifyReport, folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write through a temporary file beside it, so that a reader sees the old report or the new one."""
-    temporary = partial_of(path)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Whole or not at all, so that a reader sees the old report or the new one."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

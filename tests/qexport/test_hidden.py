@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qexport.hidden import meant_by, partial_of
+from qexport.hidden import meant_by, partial_of, replacing
 
 
 @pytest.mark.parametrize("attempt", [0, 7])
@@ -20,3 +20,17 @@ def test_a_hidden_name_stands_for_its_place(path, attempt):
 @pytest.mark.parametrize("path", ["/a/.b", "/a/b.partial-1", "/a/.b.partial-x", "/a/.b.partial-1.c", ".venv/c"])
 def test_other_names_are_left_alone(path):
     assert meant_by(path) == path
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "report.json"
+    with replacing(path) as partial:
+        partial.write_text("old")
+        assert not path.exists()
+    with pytest.raises(KeyboardInterrupt), replacing(path) as partial:
+        partial.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    with pytest.raises(OSError, match="disk"), replacing(path):
+        raise OSError("disk")  # before anything was written
+    assert [found.name for found in tmp_path.iterdir()] == ["report.json"]
