@@ -115,7 +115,8 @@ class Bench:
             partial = path.with_suffix(f".{os.getpid()}")
             partial.write_bytes(pickle.dumps(found))
             partial.replace(path)
-        solution, seconds = pickle.loads(path.read_bytes())
+        found, seconds = pickle.loads(path.read_bytes())
+        solution = Solution(**vars(found))  # with what solutions of before did not have
         apply_folds(folded, solution.smooth)
         return folded, solution, seconds
 

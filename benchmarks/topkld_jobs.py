@@ -38,9 +38,15 @@ NO_LOSS = "none"
 LOSSES = ("forward", "split", "mixed", "boosted", "reverse", "js", "logit-mse", "cross-entropy")
 BASELINES = ("rtn", "mse")
 
-VARIED: dict[str, Any] = {"lr": DEFAULT_LR, "scale_lr": DEFAULT_SCALE_LR, "ema": 0.0, "samples": 1024, "batch": 16}
+VARIED: dict[str, Any] = {
+    "lr": DEFAULT_LR, "scale_lr": DEFAULT_SCALE_LR, "ema": 0.0, "samples": 1024, "batch": 16, "rest_lr": 0.0,
+}  # fmt: skip
 """Settings of training with what they are in a row that does not name them. Rows of before this did not name
-``samples`` and ``batch``; what they were is in their ``settings``."""
+``samples`` and ``batch``; what they were is in their ``settings``. Without ``rest_lr`` only what is quantised was
+trained, whatever the default is."""
+
+RATES = ("lr", "scale_lr", "ema", "rest_lr")
+"""Those that a sweep combines."""
 
 KEY = ("model", "scheme", "start", "loss", "top_k", "seed", "steps", "data", *VARIED)
 
@@ -65,7 +71,7 @@ class Sweep:
     """Every combination of models, schemes, losses (with each K), seeds and rates; denoisers have one loss.
 
     Args:
-        models, schemes, losses, top_k, seeds, lr, scale_lr, ema: what is combined.
+        models, schemes, losses, top_k, seeds, lr, scale_lr, ema, rest_lr: what is combined.
         steps, batch, samples: of training.
         start: post-training method where training starts.
         train: images to train on instead of the teacher's samples.
@@ -84,6 +90,7 @@ class Sweep:
     lr: tuple[float, ...] = (DEFAULT_LR,)
     scale_lr: tuple[float, ...] = (DEFAULT_SCALE_LR,)
     ema: tuple[float, ...] = (0.0,)
+    rest_lr: tuple[float, ...] = (VARIED["rest_lr"],)
     steps: int = 400
     batch: int = VARIED["batch"]
     samples: int = VARIED["samples"]
@@ -175,9 +182,9 @@ def _rows_of(sweep: Sweep) -> Iterator[dict[str, Any]]:
             yield {**same, "start": method, "loss": NO_LOSS, "data": None}
         losses = ("output-mse",) if find_model(model)[1].family == "dit" else sweep.losses
         kinds = [(loss, k) for loss in losses for k in (sweep.top_k if loss in TOPK_LOSSES else (None,))]
-        rates = product(sweep.lr, sweep.scale_lr, sweep.ema)
+        rates = product(*(getattr(sweep, name) for name in RATES))
         for seed, (loss, top_k), rate in product(sweep.seeds, kinds, list(rates)):
-            settings = dict(zip(("lr", "scale_lr", "ema"), rate, strict=True)) | fixed
+            settings = dict(zip(RATES, rate, strict=True)) | fixed
             yield {
                 **same, "start": sweep.start, "loss": loss, "top_k": top_k, "seed": seed, "steps": sweep.steps,
                 "data": sweep.data, **{name: value for name, value in settings.items() if value != VARIED[name]},

@@ -2,7 +2,7 @@
 
     python benchmarks/topkld_quality.py --images cifar_test.npz [--models var-c10-d2 …] [--schemes W2 …]
         [--losses forward split …] [--top-k 900 …] [--seeds 0 1 2] [--steps 400] [--start mse] [--train FILE]
-        [--lr 0.01 …] [--scale-lr 0.007 …] [--ema 0.99 …] [--plan FILE] [--stop-after S]
+        [--lr 0.01 …] [--scale-lr 0.007 …] [--ema 0.99 …] [--rest-lr 0.005 …] [--plan FILE] [--stop-after S]
         [--device cuda] [--shard 0/12] [--out part-0.jsonl] [--prepare] [--merge part-*.jsonl]
 
 Equal steps, equal data, equal start: the teacher's own samples (drawn once for each model and seed, kept in --work), or
@@ -148,6 +148,9 @@ def main() -> None:
     parser.add_argument("--lr", nargs="+", type=float, default=[VARIED["lr"]], help="relative rates of the weights")
     parser.add_argument("--scale-lr", nargs="+", type=float, default=[VARIED["scale_lr"]], help="of the scales")
     parser.add_argument("--ema", nargs="+", type=float, default=[VARIED["ema"]], help="decays of a running mean")
+    parser.add_argument(
+        "--rest-lr", nargs="+", type=float, default=[VARIED["rest_lr"]], help="relative rates of all that stays float"
+    )
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=VARIED["batch"])
     parser.add_argument("--samples", type=int, default=VARIED["samples"])

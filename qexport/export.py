@@ -46,10 +46,12 @@ def export(
     """Write the bundle of a generator that is loaded; see `qexport.pipeline.quantize`.
 
     `solution` is what calibration found; its smoothing factors must have been folded into `generator` before.
-    `training` is what the manifest records of how the codes of one graph were trained (`qexport.training`).
+    `training` is what the manifest records of how the codes of one graph were trained (`qexport.training`); what was
+    trained beside the codes is added to it.
 
     Raises:
-        InputError: the recipe does not fit, or names a format that no ONNX graph can hold; nothing was written then.
+        InputError: the recipe does not fit, or names a format that no ONNX graph can hold, or the solution holds
+            trained parameters without a record of their training; nothing was written then.
     """
     from qexport.graph import build
     from qexport.graph.capture import capture
@@ -59,6 +61,7 @@ def export(
     rules = assign_rules(generator, recipe)  # a recipe that does not fit is said before the slow part
     require_exportable(rules)
     _require_solved(rules, solution)
+    _require_record(solution, training)
     plan, all_tables = with_step_scales(generator, solution.activations)
     with BundleWriter(out, overwrite=overwrite) as writer:
         graphs: dict[str, ir.Model] = {}
@@ -69,7 +72,7 @@ def export(
         flipped = {name: build.transposed_parameters(model) for name, model in graphs.items()}
         convolutions = {name: build.convolution_weights(model) for name, model in graphs.items()}
 
-        rows, specs = [], {name: {} for name in graphs}
+        rows, floats, specs = [], [], {name: {} for name in graphs}
         refs: dict[str, dict[str, WeightRef]] = {name: {} for name in graphs}
         total = sum(len(spec.parameters()) for spec in generator.graphs)
         for done, weight in enumerate(stored_weights(generator, recipe, solution)):
@@ -80,6 +83,7 @@ def export(
             for ref in _write(writer, weight, flip, weight.name in convolutions[weight.graph]):
                 refs[weight.graph][ref.name] = ref
             rows.append(_row(weight, training))
+            floats += _trained(weight)
             if isinstance(weight.value, QuantizedTensor):
                 specs[weight.graph][weight.name] = weight.value.spec
         tables = {
@@ -112,7 +116,7 @@ def export(
                 graphs={name: f"{name}.onnx" for name in graphs},
                 layers=[row for row in rows if row["layer"]],
                 totals=totals(rows),
-                training=training,
+                training={**training, "floats": floats} if training and floats else training,
                 notes=summary([*_zero_weights(rows), *solution.remarks]),
                 calibration=recipe.calibration.to_json() if recipe.calibration.images else None,
             )
@@ -134,6 +138,14 @@ def _row(weight: StoredWeight, training: Mapping[str, Any] | None) -> dict[str, 
     return row
 
 
+def _trained(weight: StoredWeight) -> list[dict[str, Any]]:
+    """The row of a parameter that was trained in floating point; none of any other."""
+    if not weight.trained:
+        return []
+    assert weight.sqnr_db is not None
+    return [{"name": weight.name, "sqnr_db": round(weight.sqnr_db, 3)}]
+
+
 def _zero_weights(rows: list[dict[str, Any]]) -> list[Remark]:
     return [Remark("zero_weights", row["name"], *row["zero_groups"]) for row in rows if "zero_groups" in row]
 
@@ -145,6 +157,13 @@ def _require_solved(rules: Mapping[str, Rule], solution: Solution) -> None:
     if wanted != found:
         odd = next(layer for layer in {**wanted, **found} if wanted.get(layer) != found.get(layer))
         raise InputError(f"{odd}: its input is {found.get(odd)} in the solution, {wanted.get(odd)} in the recipe")
+
+
+def _require_record(solution: Solution, training: Mapping[str, Any] | None) -> None:
+    """Raise where trained parameters would not be told as such: a defect of the caller."""
+    for place in solution.floats:
+        if training is None or not place.startswith(f"{training['graph']}/"):
+            raise InputError(f"{place}: was trained, which the record of training does not say")
 
 
 def _activations_of(

@@ -31,6 +31,9 @@ than its container is not what it does; it knows 2-bit integers from opset 25 on
 
 FP16_MAX = float(np.finfo(np.float16).max)
 
+MATRIX_DIMENSIONS = 2
+"""Floating-point tensors of at least so many dimensions are stored in fp16."""
+
 
 @dataclass(frozen=True)
 class StoredWeight:
@@ -38,7 +41,8 @@ class StoredWeight:
 
     `name` is the initialiser in `graph`; `layer` and `rule` are set for a matrix that a recipe may name. `value` is
     codes and scales (outputs, inputs), or an array: float16 (matrices), float32 (vectors), or an integer buffer.
-    `original` is the model's own tensor, not copied. `smoothed` tells whether a factor was folded into its columns.
+    `original` is the model's own tensor, not copied. `smoothed` tells whether a factor was folded into its columns,
+    `trained` whether an array is the solution's and not the model's own.
     """
 
     graph: str
@@ -48,11 +52,16 @@ class StoredWeight:
     value: QuantizedTensor | np.ndarray
     original: np.ndarray
     smoothed: bool = False
+    trained: bool = False
 
     @property
     def sqnr_db(self) -> float | None:
-        """10·log10 of the power of the weights over that of their rounding error; None where nothing was quantised."""
-        return sqnr_db(self.restored(), self.original) if isinstance(self.value, QuantizedTensor) else None
+        """10·log10 of the power of the weights over that of their difference from the model's own.
+
+        None where nothing was quantised or trained.
+        """
+        changed = self.trained or isinstance(self.value, QuantizedTensor)
+        return sqnr_db(self.restored(), self.original) if changed else None
 
     def restored(self) -> np.ndarray:
         """The numbers that a runtime computes with: float32, or the integer buffer."""
@@ -129,16 +138,20 @@ def why_not_exportable(weight: TensorSpec | None, activation: ActivationSpec | N
 def stored_weights(generator: Generator, recipe: Recipe, solution: Solution | None = None) -> Iterator[StoredWeight]:
     """Every parameter of every graph, one at a time, in graph order.
 
-    Codes are taken from `solution` where it has them, and made by the rule's algorithm elsewhere. Where `solution` has
-    smoothing factors, they must have been folded into `generator` before.
+    Codes, and parameters that were trained in floating point, are taken from `solution` where it has them; codes are
+    made by the rule's algorithm elsewhere. Where `solution` has smoothing factors, they must have been folded into
+    `generator` before.
 
     Raises:
-        InputError: the recipe does not fit the model, a weight is not finite or does not fit fp16, or the codes of the
-            solution are of another weight.
+        InputError: the recipe does not fit the model, a weight is not finite or does not fit fp16, or the codes or
+            parameters of the solution are of another weight.
     """
     solution = solution or Solution()
     parameters = {graph.name: graph.parameters() for graph in generator.graphs}
     rules = assign_rules(generator, recipe)
+    unknown = solution.floats.keys() - {f"{graph}/{name}" for graph, tensors in parameters.items() for name in tensors}
+    if unknown:
+        raise InputError(f"{min(unknown)}: was trained, and {generator.entry.name} has no such parameter")
     layer_of = {place: layer for layer, place in generator.layers.items()}
     layer_of |= {place: layer for layer, place in places_of(generator, rules).items()}
     smoothed = {layer for fold in generator.folds if fold.name in solution.smooth for layer in fold.layers}
@@ -148,8 +161,27 @@ def stored_weights(generator: Generator, recipe: Recipe, solution: Solution | No
             rule = rules.get(layer) if layer else None
             array = tensor.detach().cpu().numpy()
             solved = solution.weights.get(layer) if layer else None
-            value = _stored(name, array, rule, solved)
-            yield StoredWeight(graph, name, layer, rule, value, array, layer in smoothed)
+            trained = solution.floats.get(f"{graph}/{name}")
+            value = _stored(name, array, rule, solved, trained)
+            yield StoredWeight(graph, name, layer, rule, value, array, layer in smoothed, trained is not None)
+
+
+def as_stored(name: str, array: np.ndarray) -> np.ndarray:
+    """A parameter that is not quantised as it goes to disk: matrices in float16, all else as it is.
+
+    Raises:
+        InputError: it is not finite, or does not fit fp16.
+    """
+    if not np.issubdtype(array.dtype, np.floating):
+        return array
+    greatest = np.maximum(-array.min(initial=0), array.max(initial=0))  # both hand on a NaN, and need no temporary
+    if not np.isfinite(greatest):
+        raise InputError(f"{name}: holds NaN or infinity; the checkpoint is damaged")
+    if array.ndim < MATRIX_DIMENSIONS:
+        return array
+    if greatest > FP16_MAX:
+        raise InputError(f"{name}: reaches {greatest:.3g}, beyond fp16, in which matrices are stored")
+    return array.astype(np.float16)
 
 
 def apply_stored(generator: Generator, stored: Iterable[StoredWeight]) -> None:
@@ -188,25 +220,24 @@ def _unfit(generator: Generator, graph: str, shape: Sequence[int], rule: Rule) -
 
 
 def _stored(
-    name: str, array: np.ndarray, rule: Rule | None, solved: QuantizedTensor | None
+    name: str, array: np.ndarray, rule: Rule | None, solved: QuantizedTensor | None, trained: np.ndarray | None
 ) -> QuantizedTensor | np.ndarray:
     if rule is not None and rule.weight is not None:
+        if trained is not None:
+            raise InputError(f"{name}: was trained in floating point, and the recipe quantises it")
         shape = _matrix_shape(array.shape)
         if solved is None:
             return get_algorithm(rule.algorithm)(array.reshape(shape), rule.weight, name=name)
         if solved.spec != rule.weight or solved.codes.shape != shape:
             raise InputError(f"{name}: was solved as {solved.spec} {solved.codes.shape}, not {rule.weight} {shape}")
         return solved
-    if not np.issubdtype(array.dtype, np.floating):
-        return array
-    greatest = np.maximum(-array.min(initial=0), array.max(initial=0))  # both hand on a NaN, and need no temporary
-    if not np.isfinite(greatest):
-        raise InputError(f"{name}: holds NaN or infinity; the checkpoint is damaged")
-    if array.ndim < 2:
-        return array
-    if greatest > FP16_MAX:
-        raise InputError(f"{name}: reaches {greatest:.3g}, beyond fp16, in which matrices are stored")
-    return array.astype(np.float16)
+    if trained is None:
+        return as_stored(name, array)
+    wanted = np.dtype(np.float16) if array.ndim >= MATRIX_DIMENSIONS else array.dtype
+    if (trained.shape, trained.dtype) != (array.shape, wanted):
+        found = f"{trained.dtype} {trained.shape}"
+        raise InputError(f"{name}: was trained as {found}, and is stored as {wanted} {array.shape}")
+    return as_stored(name, trained)
 
 
 def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

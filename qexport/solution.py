@@ -63,9 +63,13 @@ class Activation:
 class Solution:
     """`weights` by layer name (only those whose algorithm needs to see inputs, shaped (outputs, inputs)), `smooth`
     factors (I,) float32 by name of the fold, `activations` by layer name; `remarks` are what was come upon meanwhile.
+
+    `floats` are parameters that stay in floating point and were trained, by ``graph/name``, each as a bundle stores it
+    (`qexport.quantize.as_stored`).
     """
 
     weights: Mapping[str, QuantizedTensor] = field(default_factory=dict)
     smooth: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     activations: Mapping[str, Activation] = field(default_factory=dict)
     remarks: tuple[Remark, ...] = ()
+    floats: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)

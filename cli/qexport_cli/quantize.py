@@ -113,7 +113,7 @@ def quantize(
         typer.Option(
             "--train",
             metavar="NAME=VALUE",
-            help="With --topkld, repeatable: any other setting, say ema=0.99 or recompute (docs/topkld.md).",
+            help="With --topkld, repeatable: any other setting, say rest_lr=0.005 or recompute (docs/topkld.md).",
         ),
     ] = None,
     device: Annotated[

@@ -61,7 +61,8 @@ class Manifest:
     `graph`, `shape`, `format`, `granularity`, `algorithm`, `bits_stored`, `bits_information`, `size_bytes`, `sqnr_db`;
     a row with `activation_format` has quantised activations), `totals` the sums (`bits_per_weight`, `size_bytes` …).
     `training` says how the codes of one graph were trained (at least `method`, `loss`, `start_from`: the algorithms
-    whose codes were trained on, `graph`, `data`, `settings`), None where none were. `notes` are what quantisation came
+    whose codes were trained on, `graph`, `data`, `settings`; where parameters of that graph were trained in floating
+    point `floats`, a row for each: `name`, `sqnr_db`), None where none were. `notes` are what quantisation came
     upon (`qexport.remarks.summary`): `kind`, `text`, `places`. `calibration` names the images that were calibrated on
     (`samples`, `seed`, `schedule`, `images`, `images_sha256`), None for the model's own samples. `files` is filled in
     by `BundleWriter`.
@@ -175,6 +176,9 @@ def _check_kinds(data: Mapping[str, Any]) -> None:
     training = data.get("training")
     if training is not None and not (isinstance(training, dict) and isinstance(training.get("graph"), str)):
         raise TypeError("training is of the wrong kind")
+    for row in (training or {}).get("floats", ()):
+        if not (isinstance(row["name"], str) and isinstance(row["sqnr_db"], int | float)):
+            raise TypeError("a trained parameter is of the wrong kind")
     if not all(isinstance(note["text"], str) for note in data.get("notes", ())):
         raise TypeError("a note is not text")
     if not isinstance(data.get("calibration", {}), dict):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qexport.distill import processes
+
 
 class Average:
     """Holds the means beside the tensors, and exchanges the two for judging."""
@@ -19,7 +21,8 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the tensors' present values."""
-        torch._foreach_lerp_(self.values, self._tensors, 1 - self._decay)
+        values, tensors = (list(map(processes.own, held)) for held in (self.values, self._tensors))  # some may be parts
+        torch._foreach_lerp_(values, tensors, 1 - self._decay)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -4,7 +4,8 @@
 this, so that nothing is refused here which would have been trained. Counted are
 
 - the student's copy of the weights, and the teacher's where that is moved to a GPU;
-- what training keeps of the matrices of the recipe, once that is known;
+- what training keeps of the matrices of the recipe, once that is known (not of what is trained beside them, which only
+  the student tells);
 - for each sample the outputs, and what enters each repeated block after the first, which even blocks that are computed
   again keep; two bytes a number in bfloat16, of which a part may stay float32.
 """

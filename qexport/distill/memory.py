@@ -6,6 +6,8 @@ the second sample adds grows with the batch, the rest (weights in bfloat16) does
 
 - each 4 bytes a trained number: its gradient and two moments of Adam (unless those are in a file), the running mean
   where there is one; of several processes that divide these each has its part;
+- of what is trained beside the quantised matrices the same, undivided, and three numbers more: what it held before it
+  was judged, the best result and the one that may replace it;
 - the rounded weights, and the codes of the best result and of the one that may replace it, whole in every process;
 - four times the model's output for a batch: the teacher's, the student's, the loss's gradient, and that of the logits;
   or twice for a batch of judging, where that is more.
@@ -32,6 +34,7 @@ from qexport.errors import InputError
 _BYTES = 4
 _GRADIENT, _MOMENTS = 1, 2  # float32 numbers for each that is trained
 _CODES = 2  # bytes: one for the best, one for what may replace it
+_COPIES = 3  # of what is not quantised: put aside while it is judged, the best, and what may replace that
 OUTPUTS, _JUDGED_OUTPUTS = 4, 2
 
 _MARGIN = 1.1
@@ -79,17 +82,28 @@ def estimate_bytes(
         if share > 1:  # a model that barely fits one sample is not shown two
             by_sample = max(saved_bytes(lambda: student(*two), rounded)[0] - kept, 0)
     fixed = max(kept - by_sample, 0)
-    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    rest = sum(parameter.numel() for parameter in student.rest) if isinstance(student, Student) else 0
+    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad) - rest
+    state = state_bytes(trained, settings, processes) + rest_bytes(rest, settings)
     update = share * (by_sample + OUTPUTS * output)
     judging = min(JUDGE_BATCH, held_out) * _JUDGED_OUTPUTS * output
-    return int(_MARGIN * (state_bytes(trained, settings, processes) + fixed + max(update, judging)))
+    return int(_MARGIN * (state + fixed + max(update, judging)))
 
 
 def state_bytes(trained: int, settings: DistillSettings, processes: int = 1) -> int:
     """Bytes in each process of what training keeps of `trained` numbers beside these themselves."""
     parts = processes if settings.sharded else 1
-    numbers = _GRADIENT + (0 if settings.offload else _MOMENTS) + (1 if settings.ema else 0)
-    return trained * (_BYTES + _CODES) + trained * _BYTES * numbers // parts
+    return trained * (_BYTES + _CODES) + trained * _BYTES * _numbers(settings) // parts
+
+
+def rest_bytes(trained: int, settings: DistillSettings) -> int:
+    """Bytes in each process of what training keeps of `trained` numbers that are not quantised, beside these."""
+    return trained * _BYTES * (_numbers(settings) + _COPIES)
+
+
+def _numbers(settings: DistillSettings) -> int:
+    """Numbers that an update needs for each that is trained."""
+    return _GRADIENT + (0 if settings.offload else _MOMENTS) + (1 if settings.ema else 0)
 
 
 def available_bytes(device: str = "cpu") -> int | None:

@@ -187,6 +187,12 @@ def part(full: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(full, shared.device_mesh, shared.placements, src_data_rank=None)
 
 
+def own(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, as a plain one in the same memory."""
+    shared: Any = tensor
+    return shared.to_local() if _is_part(tensor) else tensor
+
+
 def set_part(tensor: Tensor, full: Tensor) -> None:
     """Overwrite this process's part, or the whole, with that of `full`."""
     tensor.copy_(part(full, tensor))

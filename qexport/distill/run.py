@@ -6,24 +6,27 @@ import hashlib
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qexport.distill import processes
 from qexport.distill.checkpoints import Checkpoints, key_of
 from qexport.distill.data import Samples, drawn_latents, drawn_tokens, with_null_labels
 from qexport.distill.memory import estimate_bytes, require_memory
+from qexport.distill.recompute import computing
 from qexport.distill.settings import DistillSettings
 from qexport.distill.student import Student, trained_graph
 from qexport.distill.tasks import DenoiseTask, Task, TokenTask
 from qexport.distill.trainer import Progress, Trainer
 from qexport.errors import InputError
 from qexport.family import Generator
+from qexport.quantize import as_stored
 from qexport.recipe import Recipe
 from qexport.reference.device import choose_device, device_name, placed
 from qexport.solution import Solution
@@ -71,8 +74,9 @@ def distill(
             its own kind of device.
 
     Returns:
-        `solution` with the weights of the trained graph replaced, and activation scales where they were learned; never
-        worse on the held-out samples than where it started.
+        `solution` with the weights of the trained graph replaced, activation scales where they were learned, and other
+        parameters where these were (`DistillSettings.rest_lr`); never worse on the held-out samples than where it
+        started.
 
     Raises:
         InputError: the model cannot be trained, there is no such device, there is too little memory, or training
@@ -106,14 +110,20 @@ def distill(
             teacher, recipe, solution, task.predictor, task.place_steps, learn_scales=settings.scale_lr > 0,
             learn_activation_scales=settings.scale_lr > 0,
         )  # fmt: skip
-        needed = estimate_bytes(student, next(held.batches(1)), settings, processes.world(), len(held))
+        one = next(held.batches(1))
+        if settings.rest_lr:
+            with computing(student, settings):
+                student.train_rest(*(tensor.to(place) for tensor in one))
+        needed = estimate_bytes(student, one, settings, processes.world(), len(held))
         require_memory(needed, settings, processes.sharing(device), str(place))
         trainer = Trainer(student, task.predictor(teacher), task, (trained_on, held), settings, checkpoints)
         trained = trainer.run(progress, resumed)
+    best = trained.best
     found = replace(
         solution,
-        weights={**solution.weights, **trained.weights},
-        activations={**solution.activations, **trained.activations},
+        weights={**solution.weights, **best.weights},
+        activations={**solution.activations, **best.activations},
+        floats=_changed(generator, {**solution.floats, **best.floats}),
     )
     history = trained.history
     report = {
@@ -207,6 +217,17 @@ def _knows_null(generator: Generator, task: Task, samples: Samples) -> bool:
     return True
 
 
+def _changed(generator: Generator, floats: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those that are not what is stored of the model's own parameters anyway."""
+    found = {}
+    for place, value in floats.items():
+        graph, _, name = place.partition("/")
+        own = generator.graph(graph).parameters()[name].detach().cpu().numpy()
+        if not np.array_equal(value, as_stored(name, own)):
+            found[place] = value
+    return found
+
+
 def _digest(solution: Solution) -> str:
     digest = hashlib.sha256()
     for layer, weight in sorted(solution.weights.items()):
@@ -216,6 +237,8 @@ def _digest(solution: Solution) -> str:
     for layer, found in sorted(solution.activations.items()):
         scale = b"" if found.scale is None else found.scale.tobytes()
         digest.update(f"{layer} {found.spec} {found.zero_point}".encode() + scale)
+    for place, value in sorted(solution.floats.items()):
+        digest.update(f"{place} {value.dtype} {value.shape}".encode() + value.tobytes())
     return digest.hexdigest()
 
 

@@ -17,6 +17,9 @@ An absolute rate would have to know the model's width; 5e-4 on weights of rms 0.
 DEFAULT_SCALE_LR = 0.007
 """Of scales, relative likewise. One step of fp16 is 0.0005 … 0.001 of a scale."""
 
+DEFAULT_REST_LR = 0.0
+"""Of what is not quantised, relative to the root mean square of each tensor: frozen."""
+
 JUDGE_BATCH = 16
 """Held-out samples that go through teacher and student at once."""
 
@@ -32,6 +35,8 @@ class DistillSettings:
         batch: samples of an update, over all processes together.
         lr: rate of the weights, relative to the rms of each matrix.
         scale_lr: rate of the scales, relative to the rms of each layer's; 0 keeps them as they are.
+        rest_lr: rate of the parameters that are not quantised (biases, embeddings, adaptive norms, the head), relative
+            to the rms of each; 0 keeps them as they are.
         clip: greatest norm of the gradient; 0 does not clip.
         ema: keep a running mean of weights and scales with this decay and judge and export that; 0 keeps none.
         scale_weights: of the losses of VAR's scales; None counts every token alike.
@@ -60,6 +65,7 @@ class DistillSettings:
     batch: int = 16
     lr: float = DEFAULT_LR
     scale_lr: float = DEFAULT_SCALE_LR
+    rest_lr: float = DEFAULT_REST_LR
     warmup: int = 0
     clip: float = 1.0
     ema: float = 0.0
@@ -82,7 +88,7 @@ class DistillSettings:
         for name, least in _LEAST.items():
             if not getattr(self, name) >= least:
                 raise InputError(f"distillation: {name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("lr", "scale_lr", "clip"):
+        for name in ("lr", "scale_lr", "rest_lr", "clip"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise InputError(f"distillation: {name} is {value}; it must be 0 or greater, and finite")
@@ -101,8 +107,15 @@ class DistillSettings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for the manifest and for keys of checkpoints."""
-        return asdict(self)
+        """Plain data, for the manifest and for keys of checkpoints.
+
+        `rest_lr` is left out where it is 0, so that runs that freeze the rest have the keys that they had before there
+        was such a rate.
+        """
+        data = asdict(self)
+        if not self.rest_lr:
+            del data["rest_lr"]
+        return data
 
     def rate(self, step: int) -> float:
         """Factor of the rates at a step: min(1, (step + 1) / (warmup + 1)) · ½ (1 + cos(π · step / steps))."""

@@ -3,7 +3,8 @@
 No module is changed. The copy's own parameters are the latent weights that are trained; while the student computes, a
 `TorchFunctionMode` recognises a weight by its identity, as `qexport.reference.Interception` does, and hands on its
 rounded value, and the rounded input where activations are quantised. Everything that is not quantised holds what a
-bundle stores (matrices in fp16), so the student is the exported model to the last bit of every weight.
+bundle stores (matrices in fp16), so the student is the exported model to the last bit of every weight; what of it is
+trained as well (`qexport.distill.rest`) does so while the student is judged.
 
 The latent weights start at the full-precision ones where those round to the codes that post-training quantisation
 chose, and in the middle of the code's cell elsewhere: what GPTQ found is where training starts.
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qexport.distill import processes
+from qexport.distill import processes, rest
 from qexport.distill.rounding import Rounder, rounded_activation, stored_scale
 from qexport.errors import InputError
 from qexport.family import Generator
 from qexport.numerics.affine import quantize_full
 from qexport.numerics.quantized import QuantizedTensor
-from qexport.quantize import places_of, stored_weights
+from qexport.quantize import as_stored, places_of, stored_weights
 from qexport.recipe import Recipe
 from qexport.reference.fake_quant import round_to
 from qexport.scheme import PerStep
@@ -40,6 +43,17 @@ Predict = Callable[..., Tensor]
 
 PlaceSteps = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor]
 """(scales of the steps (S,), input of a layer, tensors of the batch) → scale that broadcasts to the input."""
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """What a bundle holds of a student: codes, scales and activations by layer, and what is trained beside by
+    ``graph/name`` (as in `Solution`).
+    """
+
+    weights: dict[str, QuantizedTensor]
+    activations: dict[str, Activation]
+    floats: dict[str, np.ndarray]
 
 
 class Overlay(TorchFunctionMode):
@@ -131,6 +145,8 @@ class Student(nn.Module):
             held = torch.from_numpy(scale.copy()).to(self._weights[0].device)
             activations.append(nn.Parameter(held, requires_grad=learn_activation_scales))
         self.activation_scales = nn.ParameterList(activations)
+        self.rest = nn.ParameterList()
+        self._rest_names: list[tuple[str, ...]] = []
         self._predict, self._place_steps = predict(self._generator), place_steps
         self._current: Overlay | None = None
 
@@ -148,8 +164,25 @@ class Student(nn.Module):
     def _rounders(self) -> list[Rounder]:
         return [rounder for rounder in self.rounders if isinstance(rounder, Rounder)]
 
+    def train_rest(self, *sample: Tensor) -> None:
+        """Train also what is not quantised, as far as a gradient reaches it (`qexport.distill.rest`).
+
+        `sample` is a batch of one. To be called before an optimiser is made, and once.
+        """
+        graph = self._generator.graph(trained_graph(self._generator))
+        found = rest.reached(rest.candidates(graph, self._weights), lambda: self(*sample))
+        self._rest_names = [tuple(f"{graph.name}/{name}" for name in names) for names, _ in found]
+        self.rest.extend(parameter for _, parameter in found)
+
+    def stored(self) -> AbstractContextManager[None]:
+        """While entered, the student computes with what a bundle stores also of what is trained beside."""
+        return rest.stored(self.rest)
+
     def divide(self) -> None:
-        """Leave each process a part of what is trained; the model's own weights, which nothing reads, are let go."""
+        """Leave each process a part of the latent weights and their scales; what is trained beside stays whole.
+
+        The model's own weights, which nothing reads, are let go.
+        """
         processes.divide(self._rounders)
         for weight in self._weights:
             weight.requires_grad_(False).data = torch.empty(0, device=weight.device)
@@ -227,8 +260,10 @@ class Student(nn.Module):
         return apply
 
     @torch.no_grad()
-    def finish(self) -> tuple[dict[str, QuantizedTensor], dict[str, Activation]]:
-        """Codes and scales of every layer, and its activation where it has one: what the forward pass computes with.
+    def finish(self) -> Finished:
+        """Codes and scales of every layer, its activation where it has one, and what is trained beside.
+
+        It is what the forward pass computes with while `stored` is entered.
 
         All processes of a divided student must ask.
 
@@ -245,7 +280,12 @@ class Student(nn.Module):
             found = activations[layer]
             held = scale.clamp_min(LEAST_TOKEN_SCALE).cpu().numpy().copy()
             activations[layer] = Activation(found.spec, held, found.zero_point)
-        return weights, activations
+        floats = {
+            name: as_stored(name, parameter.detach().cpu().numpy().copy())
+            for names, parameter in zip(self._rest_names, self.rest, strict=True)
+            for name in names
+        }
+        return Finished(weights, activations, floats)
 
 
 def layer_parameters(generator: Generator, layers: tuple[str, ...]) -> dict[str, nn.Parameter]:

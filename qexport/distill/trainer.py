@@ -1,4 +1,4 @@
-"""The training loop: AdamW on latent weights and scales, judged on held-out samples, resumable to the bit.
+"""The training loop: AdamW on all that the student trains, judged on held-out samples, resumable to the bit.
 
 Rates are relative to the size of what they move (`DistillSettings`), fall along half a cosine, and the gradient's norm
 is clipped. There is no weight decay: the teacher says where the weights belong.
@@ -27,7 +27,7 @@ from qexport.distill.data import Samples
 from qexport.distill.offload import OffloadedMoments
 from qexport.distill.recompute import computing, precision
 from qexport.distill.settings import JUDGE_BATCH, DistillSettings
-from qexport.distill.student import Student
+from qexport.distill.student import Finished, Student
 from qexport.distill.tasks import Batch, Task
 from qexport.errors import InputError
 from qexport.numerics.quantized import QuantizedTensor
@@ -58,10 +58,9 @@ class History:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """The best student: codes and scales, activations, and how it came about."""
+    """The best student, and how it came about."""
 
-    weights: dict[str, QuantizedTensor]
-    activations: dict[str, Activation]
+    best: Finished
     history: History
 
 
@@ -101,7 +100,7 @@ class Trainer:
         self._average = Average(self._trained, settings.ema) if settings.ema else None
         self._judged_by: list[Tensor] | None = None
         self.history = History()
-        self._best: tuple[dict[str, QuantizedTensor], dict[str, Activation]] | None = None
+        self._best: Finished | None = None
         self._step = self.resumed_after = 0
         self._pending: list[Tensor] = []
 
@@ -135,7 +134,7 @@ class Trainer:
             if progress is not None and read:
                 progress(self._step, settings.steps, self.history.losses[-1], self.history.judged[-1][1])
         assert self._best is not None
-        return Trained(*self._best, self.history)
+        return Trained(self._best, self.history)
 
     def _update(self, model: nn.Module) -> Tensor:
         """One step; loss and norm of the gradient, (2,) float64, on the device. One that is not finite moves nothing.
@@ -196,6 +195,12 @@ class Trainer:
         """Measure the student on the held-out samples, and keep it if it is the best so far."""
         if self._average is not None:
             self._average.swap()
+        with self._student.stored():
+            self._judge_stored()
+        if self._average is not None:
+            self._average.swap()
+
+    def _judge_stored(self) -> None:
         total = torch.zeros(2, dtype=torch.float64, device=self._device)
         batches = list(self._held.batches(JUDGE_BATCH))
         for first in range(0, len(batches), processes.world()):
@@ -210,8 +215,6 @@ class Trainer:
         self.history.judged.append((self._step, errors / count))
         if self.history.best[0] == self._step:
             self._best = self._student.finish()
-        if self._average is not None:
-            self._average.swap()
 
     def _stopped(self) -> bool:
         """Whether the last judgements were all worse than the best one before them."""
@@ -229,7 +232,7 @@ class Trainer:
         if self._checkpoints is None:
             return
         assert self._best is not None
-        weights, activations = self._best
+        best = self._best
         state: dict[str, Any] = {
             "step": self._step,
             "student": self._student.state(),
@@ -237,11 +240,12 @@ class Trainer:
             "average": list(map(processes.gathered, self._average.values)) if self._average is not None else [],
             "losses": self.history.losses,
             "judged": self.history.judged,
-            "codes": [torch.from_numpy(found.codes) for found in weights.values()],
-            "scales": [torch.from_numpy(found.scales) for found in weights.values()],
+            "codes": [torch.from_numpy(found.codes) for found in best.weights.values()],
+            "scales": [torch.from_numpy(found.scales) for found in best.weights.values()],
             "activation_scales": [
-                torch.from_numpy(found.scale) for found in activations.values() if found.scale is not None
+                torch.from_numpy(found.scale) for found in best.activations.values() if found.scale is not None
             ],
+            "floats": {name: torch.from_numpy(value) for name, value in best.floats.items()},
         }
         if processes.is_first():
             self._checkpoints.save(CHECKPOINT, state)
@@ -273,13 +277,14 @@ class Trainer:
             layer: found if found.scale is None else Activation(found.spec, np.array(next(kept)), found.zero_point)
             for layer, found in student.activations.items()
         }
-        self._best = weights, activations
+        floats = {name: value.numpy() for name, value in state.get("floats", {}).items()}  # older ones have none
+        self._best = Finished(weights, activations, floats)
 
 
 def _groups(student: Student, settings: DistillSettings) -> list[dict[str, Any]]:
     """One group for each tensor: its rate is relative to its own root mean square."""
     rates = [(student.latents, settings.lr), (student.scales, settings.scale_lr)]
-    rates.append((list(student.activation_scales), settings.scale_lr))
+    rates += [(list(student.activation_scales), settings.scale_lr), (list(student.rest), settings.rest_lr)]
     groups = []
     for tensors, rate in rates:
         for tensor in tensors:

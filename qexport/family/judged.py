@@ -36,7 +36,11 @@ class LogitModel(Protocol):
         ...
 
     def teacher_forced_logits(self, labels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Labels (n,) and tokens (n, L), int64 → logits (n, L, V)."""
+        """Labels (n,) and tokens (n, L), int64 → logits (n, L, V).
+
+        What a gradient reaches may be trained: none may reach a parameter that decides about more than logits, such as
+        a codebook whose codes are decoded.
+        """
         ...
 
     @property

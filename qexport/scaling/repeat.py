@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from qexport.family import find_model
@@ -66,7 +67,8 @@ def _training(settings: Mapping[str, Any]) -> list[str]:
     """Options of `DistillSettings` that differ from its defaults; ``--steps`` always."""
     from qexport.distill.settings import DistillSettings  # with torch, which only rows that were trained need
 
-    usual = DistillSettings().to_json()
+    usual = asdict(DistillSettings())
+    settings = {**settings, "rest_lr": settings.get("rest_lr", 0.0)}  # not recorded where it is 0
     parts = ["--steps", str(settings["steps"])]
     loss = settings.get("loss", {})
     for name, option in _OF_THE_LOSS.items():

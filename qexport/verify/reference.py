@@ -3,7 +3,7 @@
 The twin is the reference of parity. It holds what the recipe in the bundle makes of the checkpoint, computed anew, so a
 bundle whose files were exchanged does not get to say what is right. What calibration found cannot be computed anew: it
 is read from the bundle, and whatever can be asked of it without calibrating again is asked
-(`qexport.verify.solved_codes`).
+(`qexport.verify.solved_codes`, `qexport.verify.trained_floats`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from qexport.solution import Activation, Solution
 from qexport.verify.checks import NOWHERE, Check, Place, at_most
 from qexport.verify.onnx_file import OnnxFile
 from qexport.verify.solved_codes import SolvedCodes, judge, must_be_read, read_codes, trained_graph
+from qexport.verify.trained_floats import TrainedFloat, judge_float, listed_floats, read_float
 from qexport.verify.weights import Layer
 
 
@@ -38,7 +39,7 @@ class Models:
 
     `unrounded` is the reference without quantised inputs of layers, the same object where there are none. `activations`
     say how those are quantised, by layer; `per_step` lists the layers with scales of the step; `solved` is what was
-    found of codes that had to be read from the bundle.
+    found of codes that had to be read from the bundle, `floats` of other parameters that were trained.
     """
 
     full: Generator
@@ -48,6 +49,7 @@ class Models:
     activations: Mapping[str, Activation] = field(default_factory=dict)
     per_step: tuple[str, ...] = ()
     solved: tuple[SolvedCodes, ...] = ()
+    floats: tuple[TrainedFloat, ...] = ()
 
 
 def load_models(
@@ -82,11 +84,15 @@ def load_models(
         return f"the recipe in the bundle cannot be replayed: {error}"
     smooth, activations = read_calibration(bundle.path, rules)
     trained = trained_graph(bundle.manifest)
-    solution = Solution(_codes(bundle, generator, rules), smooth, activations)
+    trained_floats = _floats(bundle, generator)
+    solution = Solution(_codes(bundle, generator, rules), smooth, activations, floats=trained_floats)
     layers: list[Layer] = []
     solved: list[SolvedCodes] = []
+    floats: list[TrainedFloat] = []
 
     def note(weight: StoredWeight) -> None:
+        if weight.trained:
+            floats.append(judge_float(weight))
         if weight.layer is None or weight.rule is None or weight.rule.weight is None:
             return
         layers.append(Layer(weight.layer, weight.graph, weight.name, weight.rule.activation is not None))
@@ -99,11 +105,13 @@ def load_models(
     except BundleError:
         raise
     except InputError as error:
-        if smooth or activations:  # the recipe fits the model, so it is what calibration found that does not
-            raise BundleError(f"{bundle.path}: what calibration found does not fit the model: {error}") from error
+        if smooth or activations or trained_floats:  # the recipe fits the model, so it is what was found that does not
+            raise BundleError(
+                f"{bundle.path}: what calibration or training found does not fit the model: {error}"
+            ) from error
         return f"the recipe in the bundle cannot be replayed: {error}"
     stepped = per_step_layers(generator, activations)
-    return Models(generator, twin.quantised, layers, twin.unrounded, activations, stepped, tuple(solved))
+    return Models(generator, twin.quantised, layers, twin.unrounded, activations, stepped, tuple(solved), tuple(floats))
 
 
 def _codes(bundle: Bundle, generator: Generator, rules: Mapping[str, Rule]) -> dict[str, QuantizedTensor]:
@@ -121,6 +129,24 @@ def _codes(bundle: Bundle, generator: Generator, rules: Mapping[str, Rule]) -> d
             raise BundleError(f"{bundle.path}: has no graph {graph!r}; quantise again")
         assert spec is not None
         found[layer] = read_codes(files[graph], weight, spec, tuple(parameters[graph][weight].shape))
+    return found
+
+
+def _floats(bundle: Bundle, generator: Generator) -> dict[str, np.ndarray]:
+    """The parameters that the manifest lists as trained in floating point, from the bundle, by ``graph/name``."""
+    names = listed_floats(bundle.manifest)
+    if not names:
+        return {}
+    graph = trained_graph(bundle.manifest)
+    path, spec = bundle.graph_files().get(str(graph)), {spec.name: spec for spec in generator.graphs}.get(str(graph))
+    if path is None or spec is None:
+        raise BundleError(f"{bundle.path}: has no graph {graph!r}; quantise again")
+    file, parameters = OnnxFile(spec.name, path, bundle.path), spec.parameters()
+    found = {}
+    for name in names:
+        if name not in parameters:
+            raise BundleError(f"{bundle.path}: {name!r} was trained, which the model does not have; quantise again")
+        found[f"{graph}/{name}"] = read_float(file, name, tuple(parameters[name].shape))
     return found
 
 

@@ -117,11 +117,16 @@ def judge(weight: StoredWeight, trained: bool) -> SolvedCodes | None:
     place = Place(weight.graph, weight.layer or weight.name)
     if not trained:
         return SolvedCodes(place, found, sqnr_db(plain, matrix))
-    least = min(LEAST_CORRELATION_SIGMAS / math.sqrt(matrix.size), MOST_NEEDED_CORRELATION)
-    return SolvedCodes(place, found, sqnr_db(plain, matrix), _correlation(weight.restored(), weight.original), least)
+    likeness = correlation(weight.restored(), weight.original)
+    return SolvedCodes(place, found, sqnr_db(plain, matrix), likeness, least_correlation(matrix.size))
 
 
-def _correlation(one: np.ndarray, other: np.ndarray) -> float:
+def least_correlation(count: int) -> float:
+    """What is asked of the correlation of trained numbers with the checkpoint's, `count` of them."""
+    return min(LEAST_CORRELATION_SIGMAS / math.sqrt(count), MOST_NEEDED_CORRELATION)
+
+
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
     """⟨a, b⟩ / ‖a‖‖b‖, in float64; 0 where one of them is 0."""
     a, b = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))

@@ -69,8 +69,9 @@ def test_every_setting_is_within_reach() -> None:
     """Each field of `DistillSettings` has an option of its own or can be given with ``--train``."""
     own = {"loss", "steps", "batch", "lr", "seed"}
     pairs = {
-        "scale_lr": "0.1", "warmup": "3", "clip": "2", "ema": "0.5", "scale_weights": "1,0.5", "samples": "9",
-        "held_out": "2", "per_trajectory": "4", "unconditional": "0", "evaluate_every": "7", "patience": "2",
+        "scale_lr": "0.1", "rest_lr": "0.003", "warmup": "3", "clip": "2", "ema": "0.5", "scale_weights": "1,0.5",
+        "samples": "9", "held_out": "2", "per_trajectory": "4", "unconditional": "0", "evaluate_every": "7",
+        "patience": "2",
         "checkpoint_every": "8", "recompute": "true", "cached": "true", "sharded": "true", "bf16": "true",
         "offload": "true",
     }  # fmt: skip
@@ -302,5 +303,5 @@ def test_an_autoregressive_model_has_no_weights_of_scales(small) -> None:
 
 
 def test_parse_train_says_what_it_knows() -> None:
-    with pytest.raises(InputError, match=r"one of scale_lr, warmup, clip"):
+    with pytest.raises(InputError, match=r"one of scale_lr, rest_lr, warmup, clip"):
         parse_train(["zzz=1"])

@@ -51,9 +51,14 @@ class VARQuality:
         return torch.cat(self.vae.tokenize(images * 2 - 1), dim=1)
 
     def teacher_forced_logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        """Labels (n,), tokens (n, L) → logits (n, L, V); with gradients, where the parameters want any."""
+        """Labels (n,), tokens (n, L) → logits (n, L, V); with gradients, where the parameters want any.
+
+        None reach the codebook and the φ convolutions: they also make the f_hat that is decoded, which no logit judges.
+        """
         by_scale = list(torch.split(tokens, list(self.scale_lengths), dim=1))
-        return self.var(labels, self.vae.quantize.teacher_forcing_input(by_scale))
+        with torch.no_grad():
+            maps = self.vae.quantize.teacher_forcing_input(by_scale)
+        return self.var(labels, maps)
 
 
 def load(entry: ModelEntry, checkpoint: str | None, vae_checkpoint: str | None) -> Generator:

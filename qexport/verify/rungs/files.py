@@ -7,6 +7,7 @@ from qexport.verify.checks import NOWHERE, at_most
 from qexport.verify.reference import Models, check_plan
 from qexport.verify.rungs.climb import Climb
 from qexport.verify.solved_codes import check_solved
+from qexport.verify.trained_floats import check_floats
 from qexport.verify.weights import check_layers, check_others, check_structure, layers_of_manifest, open_graphs
 
 
@@ -42,6 +43,9 @@ def check_weights(climb: Climb, models: Models | None) -> None:
     solved = check_solved(models.solved, climb.bundle.manifest.layers)
     if solved is not None:
         checks.append(solved)
+    floats = check_floats(models.floats, climb.bundle.manifest)
+    if floats is not None:
+        checks.append(floats)
     if models.activations:
         checks.append(check_activations(graphs, models.layers, models.activations, models.per_step))
     checks.append(check_plan(climb.bundle, models.quantised))

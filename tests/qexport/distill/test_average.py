@@ -50,7 +50,7 @@ def test_what_is_returned_is_the_mean_worked_out_by_hand(
     count = len(student.layers)
     wrong = live = total = 0
     for i, (layer, spec) in enumerate(zip(student.layers, student.specs, strict=True)):
-        found = trained.weights[layer]
+        found = trained.best.weights[layer]
         by_hand = quantize_full(means[i].astype(np.float32), means[count + i].astype(np.float16), spec, name=layer)
         last = quantize_full(
             student.latents[i].detach().numpy(), student.scales[i].detach().numpy().astype(np.float16), spec, name=layer

@@ -40,7 +40,7 @@ def test_usual_settings_are_not_in_the_key() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"lr": [0.02]}, {"scale_lr": [0.0]}, {"ema": [0.9]}, {"samples": 96}, {"batch": 32}],
+    [{"lr": [0.02]}, {"scale_lr": [0.0]}, {"ema": [0.9]}, {"rest_lr": [0.005]}, {"samples": 96}, {"batch": 32}],
     ids=lambda c: next(iter(c)),
 )
 def test_other_settings_are_other_rows_and_reach_training(change: dict[str, object]) -> None:

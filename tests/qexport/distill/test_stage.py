@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,14 @@ def test_what_a_bundle_says_and_that_nothing_is_left_behind(quantize, tmp_path: 
     assert Recipe.from_toml(bundle.path / "recipe.toml").name == RECIPE  # replayed, it starts where this one did
 
 
-def test_killed_and_resumed_gives_the_same_bundle(quantize, tmp_path: Path) -> None:
-    whole = quantize(out=tmp_path / "whole").manifest.digest
+@pytest.mark.parametrize("rest_lr", [0.0, 0.02])
+def test_killed_and_resumed_gives_the_same_bundle(quantize, tmp_path: Path, rest_lr: float) -> None:
+    quantize = partial(quantize, Training(replace(SETTINGS, rest_lr=rest_lr)))
+    manifest = quantize(out=tmp_path / "whole").manifest
+    whole, record = manifest.digest, manifest.training
+    assert record is not None
+    assert record["settings"].get("rest_lr", 0.0) == rest_lr
+    assert bool(record.get("floats")) == (rest_lr > 0)
 
     def kill(stage: str, done: int, total: int) -> None:
         if stage.startswith("train") and done == 3:

@@ -147,6 +147,19 @@ def test_other_samples_have_a_line_other_rates_have_not() -> None:
     assert body == [("m", "W3", "200 steps, samples 8192", "", "", "", "0.0200")]
 
 
+def test_a_rate_of_the_rest_is_shown_where_it_differs() -> None:
+    """Rows of before name no such rate, nor do their settings: 0."""
+    usual = {"settings": {"lr": 0.01}}
+    rows = [*CURVE, row("W2", "forward", 0.2, 0, **usual)]
+    assert "rest_lr" not in report.report(rows) + report.as_csv(rows)
+    rows.append(row("W2", "forward", 0.15, 0, rest_lr=0.005, settings={"lr": 0.01, "rest_lr": 0.005}))
+    lines = [line for line in report.rates_of(rows) if line.startswith("| m |")]
+    assert [line.split(" | ")[5:7] for line in lines] == [["0.005", "0"], ["0", "0"]]
+    head, *cells = (line.split(",") for line in report.as_csv(rows).splitlines())
+    assert [line[head.index("rest_lr")] for line in cells] == ["", "", "0", "0.005", "", ""]
+    assert not tables.paired(rows)  # two settings, not two losses of one
+
+
 def test_report_of_everything_and_csv() -> None:
     rows = [one | {"wall_s": 0.1} for one in CURVE] + [row("W2", "forward", 0.2, seed) for seed in range(3)]
     rows[0]["fd"] = {"value": 3.0, "n": 1000, "ci95": [2.9, 3.1]}

@@ -28,6 +28,7 @@ SETTINGS = DistillSettings(
     steps=6,
     batch=16,
     lr=0.02,
+    rest_lr=0.0,
     samples=48,
     held_out=16,
     evaluate_every=2,
@@ -182,7 +183,7 @@ def test_early_stop_and_best_of_all(
 
     def judge() -> None:
         trainer.history.judged.append((trainer._step, next(figures)))
-        codes.append(student.finish()[0]["blocks.0.ffn.fc1"].codes)
+        codes.append(student.finish().weights["blocks.0.ffn.fc1"].codes)
         if trainer.history.best[0] == trainer._step:
             trainer._best = student.finish()
 
@@ -190,7 +191,7 @@ def test_early_stop_and_best_of_all(
     trained = trainer.run()
     assert [step for step, _ in trained.history.judged] == [0, 1, 2, 3]
     assert trained.history.best == (1, 0.2)
-    np.testing.assert_array_equal(trained.weights["blocks.0.ffn.fc1"].codes, codes[1])
+    np.testing.assert_array_equal(trained.best.weights["blocks.0.ffn.fc1"].codes, codes[1])
     assert not np.array_equal(codes[1], codes[3])
 
 
@@ -246,6 +247,7 @@ def test_settings_out_of_range_are_refused() -> None:
         ({"ema": 1.0}, "ema is 1.0"),
         ({"samples": 4, "held_out": 4}, "nothing to train on"),
         ({"scale_lr": math.nan}, "scale_lr is nan"),
+        ({"rest_lr": -0.1}, "rest_lr is -0.1"),
     ]
     for bad, message in cases:
         with pytest.raises(InputError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import made_up
 import numpy as np
@@ -46,17 +47,28 @@ def test_the_command_makes_the_run(run, command):
 def test_what_is_not_as_usual_is_said():
     """A seed, a rate, a loss, a list and a switch of one's own; how often a checkpoint is written is nobody's."""
     settings = DistillSettings(
-        Distillation("boosted", 500, 2.0), steps=7, lr=0.02, scale_weights=(1.0, 0.5), recompute=True, seed=3,
-        checkpoint_every=9,
+        Distillation("boosted", 500, 2.0), steps=7, lr=0.02, rest_lr=0.003, scale_weights=(1.0, 0.5), recompute=True,
+        seed=3, checkpoint_every=9,
     )  # fmt: skip
     row = made_up.row(Run("var-c10-d2", "int2", "topkld"), 1.0, parameters=1e6, bits=4)
     measurement = {**row.settings["measurement"], "seed": 3}
     training = {"start_method": "rtn", "settings": settings.to_json()}
     command = command_for(with_settings(row, measurement=measurement, training=training))
     assert command.removeprefix("qexport quantize --model var-c10-d2 --wbits 2 --method rtn --topkld ") == (
-        "--steps 7 --variant boosted --top-k 500 --train boost=2.0 --lr 0.02 --train scale_weights=1.0,0.5 "
-        "--train recompute=true --seed 3"
+        "--steps 7 --variant boosted --top-k 500 --train boost=2.0 --lr 0.02 --train rest_lr=0.003 "
+        "--train scale_weights=1.0,0.5 --train recompute=true --seed 3"
     )
+
+
+def test_a_row_of_frozen_parameters_says_so_where_that_is_not_usual(monkeypatch: pytest.MonkeyPatch):
+    """`rest_lr` is not recorded where it is 0; were the default another, the command would have to say 0."""
+    training = {"start_method": "gptq", "settings": DistillSettings(rest_lr=0.0).to_json()}
+    row = made_up.row(Run("var-c10-d2", "int2", "topkld"), 1.0, parameters=1e6, bits=4)
+    row = with_settings(row, training=training)
+    monkeypatch.setattr("qexport.distill.settings.DistillSettings", partial(DistillSettings, rest_lr=0.0))
+    assert "rest_lr" not in command_for(row)
+    monkeypatch.setattr("qexport.distill.settings.DistillSettings", partial(DistillSettings, rest_lr=0.003))
+    assert "--train rest_lr=0.0" in command_for(row)
 
 
 def test_weights_that_are_not_bundled_are_named():
