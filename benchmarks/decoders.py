@@ -1,18 +1,20 @@
 """What a decoder of latents loses and gains by its format: bytes, PSNR, and milliseconds on the CPU provider.
 
-    python benchmarks/decoders.py [--images 64] [--repeats 20] [--sd-vae]
+    python benchmarks/decoders.py [--images 64] [--repeats 20] [--sd-vae] [--sd-vae-repeats 5]
 
 var-c10-d4 and dit-c10-d4 draw latents at full precision (seed 0; DiT by ddim-25), one image of each class in turn, and
 each form of the decoder makes pictures of the very same latents: fp32 (the captured graph with the checkpoint's own
 numbers), fp16 (as a bundle stores it by default; computed in fp32), int8 weights with a scale per output channel,
-rounded to nearest, and those with static int8 inputs, calibrated on 64 images of seed 1. PSNR = −10 log₁₀ of the mean
+rounded to nearest, those with static int8 inputs, and those with int8 outputs as well (what `--decoder-abits 8` makes),
+in the portable graph and lowered to ort-cpu; calibrated on 64 images of seed 1. PSNR = −10 log₁₀ of the mean
 squared difference to torch's float32 pixels in [0, 1], over all images together; 95 % interval of 2,000 bootstrap
 samples of the images. Times: one thread, ``serve`` options, batches of 1 and 8, the forms in turns in one process,
 median of `--repeats` and of the ratio to fp32 of the same turn, in processor time, so that a busy machine measures
 about the same. Bytes are those of the weights in the file.
 
---sd-vae adds the bytes of the decoder that published DiTs use (random weights: only its shapes count).
-Writes results/decoders.json and .md. Ten minutes on a busy core.
+--sd-vae adds bytes and times (one image of 256 pixels) of the decoder that published DiTs use. Its weights are random,
+so only its shapes count: no PSNR, and one image of one step is enough for calibration.
+Writes results/decoders.json and .md. Half an hour on a busy core.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ import onnx
 import onnx_ir as ir
 from torch import Tensor
 
+from qexport.bundle import Bundle
 from qexport.family import Generator, load_random
 from qexport.graph import build
 from qexport.graph.capture import capture
+from qexport.lower import lower
 from qexport.pipeline import load_generator, quantize
 from qexport.quantize import stored_weights
 from qexport.recipe import Calibration, Recipe, Rule
@@ -41,6 +45,7 @@ from qexport.request import decoder_scheme
 from qexport.runtime import Backend, CallRecord, load
 from qexport.runtime.ort_backend import OrtBackend
 from qexport.runtime.session import make_session
+from qexport.scheme import preset
 from qexport.targets import QuantTraits, session_config
 from qexport.totals import layer_row
 from qexport.verify.environment import describe_environment
@@ -50,11 +55,15 @@ RESULTS = Path(__file__).parent / "results"
 MODELS = {"var-c10-d4": Calibration(64, seed=1), "dit-c10-d4": Calibration(64, seed=1, schedule="ddim-25")}
 SD_VAE = "dit-s-8-256"
 """The smallest model with that decoder."""
+SD_VAE_SEED = 0
 BATCHES = (1, 8)
 DRAWN_AT_ONCE = 16
 RESAMPLES = 2000
 FP32, FP16, W8, W8A8 = "fp32", "fp16", "int8 weights", "int8 weights and inputs"
-SCHEMES = {W8: decoder_scheme(8, 16), W8A8: decoder_scheme(8, 8)}
+INT8, LOWERED = "int8 throughout", "int8 throughout, ort-cpu"
+SCHEMES = {W8: decoder_scheme(8, 16), W8A8: preset(8, 8), INT8: decoder_scheme(8, 8)}
+FORMS = (FP16, *SCHEMES)
+"""Those that are a bundle."""
 
 
 def recipe(generator: Generator, form: str, calibration: Calibration) -> Recipe:
@@ -143,13 +152,7 @@ def measure(name: str, calibration: Calibration, images: int, repeats: int) -> d
     feeds, wanted = latents(generator, images, calibration.schedule)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        backends: dict[str, Backend[Any]] = {FP32: float32_backend(generator, folder / "fp32")}
-        found: dict[str, dict[str, Any]] = {FP32: {"size_bytes": size_bytes(generator, FP32)}}
-        for form in (FP16, W8, W8A8):
-            out = folder / form.replace(" ", "-")
-            bundle = quantize(name, recipe=recipe(generator, form, calibration), out=out)
-            backends[form] = load(out, "cpu", "serve", threads=1).player.backend
-            found[form] = {"size_bytes": stored_bytes(bundle.graph_files(None)[graph])}
+        backends, found = forms_of(generator, calibration, folder)
         for form, backend in backends.items():
             found[form] |= psnr_db(decode(backend, graph, feeds), wanted)
         for batch in BATCHES:
@@ -157,6 +160,43 @@ def measure(name: str, calibration: Calibration, images: int, repeats: int) -> d
                 found[form][f"ms_{batch}"] = times
         del backends
     return {"images": images, "weights": found[FP32]["size_bytes"] // 4, "forms": found}
+
+
+def measure_shapes(repeats: int) -> dict[str, Any]:
+    """Bytes and times of a decoder of random weights."""
+    generator = load_random(SD_VAE, SD_VAE_SEED)
+    graph = decoder_of(generator)
+    (port,) = generator.graph(graph).inputs
+    sizes = [size if isinstance(size, int) else 1 for size in port.shape]
+    feeds = {port.name: np.random.default_rng(0).normal(size=sizes).astype(np.float32)}
+    with tempfile.TemporaryDirectory() as temporary:
+        shortest = min(generator.plan.schedules, key=lambda name: int(name.rpartition("-")[2]))
+        calibration = Calibration(1, seed=1, schedule=shortest)
+        backends, found = forms_of(generator, calibration, Path(temporary), SD_VAE_SEED)
+        for form, times in in_turns(backends, graph, feeds, 1, repeats).items():
+            found[form]["ms_1"] = times
+        del backends
+    return {"model": SD_VAE, "forms": found}
+
+
+def forms_of(
+    generator: Generator, calibration: Calibration, folder: Path, random_weights: int | None = None
+) -> tuple[dict[str, Backend[Any]], dict[str, dict[str, Any]]]:
+    """Sessions of every form, one thread, and a row for each with its bytes."""
+    graph = decoder_of(generator)
+    backends: dict[str, Backend[Any]] = {FP32: float32_backend(generator, folder / "fp32")}
+    found: dict[str, dict[str, Any]] = {FP32: {"size_bytes": size_bytes(generator, FP32)}}
+    for form in FORMS:
+        out = folder / form.replace(" ", "-")
+        name, rules = generator.entry.name, recipe(generator, form, calibration)
+        bundle = quantize(name, recipe=rules, out=out, random_weights=random_weights)
+        backends[form] = load(out, "cpu", "serve", threads=1).player.backend
+        found[form] = {"size_bytes": stored_bytes(bundle.graph_files(None)[graph])}
+        if form == INT8:
+            lower(out, "ort-cpu")
+            backends[LOWERED] = load(out, "cpu", "serve", threads=1, target="ort-cpu").player.backend
+            found[LOWERED] = {"size_bytes": stored_bytes(Bundle.open(out).graph_files("ort-cpu")[graph])}
+    return backends, found
 
 
 def decode(backend: Backend[Any], graph: str, feeds: dict[str, np.ndarray]) -> np.ndarray:
@@ -209,24 +249,24 @@ def table(models: dict[str, Any], sd_vae: dict[str, Any] | None, load_average: f
             for batch in BATCHES:
                 cells += [f"{row[f'ms_{batch}']['median']:.1f}", f"{row[f'ms_{batch}']['ratio_to_fp32']:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
-    for form, size in (sd_vae or {}).get("size_bytes", {}).items():
-        lines.append(f"| sd-vae's shapes | {form} | {size / 1e6:.2f} | not measured: random weights | | | | |")
+    for form, row in (sd_vae or {}).get("forms", {}).items():
+        cells = ["sd-vae's shapes", form, f"{row['size_bytes'] / 1e6:.2f}", "not measured: random weights"]
+        cells += [f"{row['ms_1']['median']:.0f}", f"{row['ms_1']['ratio_to_fp32']:.2f}", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--sd-vae", action="store_true")
+    parser.add_argument("--sd-vae-repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "decoders.json")
     options = parser.parse_args()
     models = {name: measure(name, MODELS[name], options.images, options.repeats) for name in options.models}
-    sd_vae = None
-    if options.sd_vae:
-        generator = load_random(SD_VAE, 0)
-        sd_vae = {"model": SD_VAE, "size_bytes": {form: size_bytes(generator, form) for form in (FP32, FP16, *SCHEMES)}}
+    sd_vae = measure_shapes(options.sd_vae_repeats) if options.sd_vae else None
     load_average = os.getloadavg()[0]
     data = {
         "environment": describe_environment("cpu"),

@@ -2,6 +2,7 @@
 
     python benchmarks/session_memory.py --out benchmarks/results/session_memory          (DiT-B/2 at 4 bits)
     python benchmarks/session_memory.py --bundle B --batches 1                           (a bundle made before)
+    python benchmarks/session_memory.py --bundle B --target ort-cpu                      (and lowered: `qexport lower`)
 
 A bundle and its float32 twin are loaded under several settings of ONNX Runtime, each in a process of its own, one
 thread. Shown is resident memory above the same process before any session, in MB of 10⁶ bytes:
@@ -74,7 +75,9 @@ def make_twin(bundle: str, folder: str) -> None:
     write_twin(Bundle.open(bundle, "size"), Path(folder), "fp32", "cpu")
 
 
-def measure(pipe: Connection, bundle: str, twin: str | None, case: Case, batches: Sequence[int], calls: int) -> None:
+def measure(
+    pipe: Connection, bundle: str, target: str | None, twin: str | None, case: Case, batches: Sequence[int], calls: int
+) -> None:
     """One case: stage → {"anonymous": bytes, "file": bytes}, to the pipe."""
     from qexport.bench.memory import resident_by_kind
     from qexport.bench.reference import FOLDER
@@ -103,7 +106,7 @@ def measure(pipe: Connection, bundle: str, twin: str | None, case: Case, batches
         share_arena()
     sessions = {}
     root = Path(twin) if twin else opened.path
-    for graph, file in opened.graph_files().items():
+    for graph, file in opened.graph_files(target).items():
         traits = QuantTraits() if twin else quant_traits(opened.manifest, graph)
         config = session_config("cpu", "serve", traits)
         config = replace(config, entries={**config.entries, **case.entries})
@@ -149,7 +152,7 @@ def in_a_process(target: Any, *arguments: Any) -> Any:
         process.join()
 
 
-def prepared(pipe: Connection, model: str, wbits: int, bundle: str, made: bool, twin: str) -> None:
+def prepared(pipe: Connection, model: str, wbits: int, bundle: str, target: str | None, made: bool, twin: str) -> None:
     """Bundle and twin on disk; sends the floor of each graph in bytes, by form."""
     from qexport.bench.reference import FOLDER
     from qexport.bench.roofline import weight_bytes
@@ -158,7 +161,7 @@ def prepared(pipe: Connection, model: str, wbits: int, bundle: str, made: bool, 
     if not made:
         make_bundle(model, wbits, bundle)
     make_twin(bundle, twin)
-    files = Bundle.open(bundle, "size").graph_files()
+    files = Bundle.open(bundle, "size").graph_files(target)
     floors = {
         "quantised": {graph: weight_bytes(file) for graph, file in files.items()},
         "fp32": {graph: weight_bytes(Path(twin) / FOLDER / f"{graph}.onnx") for graph in files},
@@ -189,17 +192,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="dit-b-2-256")
     parser.add_argument("--wbits", type=int, default=4)
     parser.add_argument("--bundle", type=Path, help="one made before, in place of --model")
+    parser.add_argument("--target", help="its graphs that were lowered to this, in place of the portable ones")
     parser.add_argument("--cases", help="comma-separated names; all by default")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--calls", type=int, default=1, help="the plan's first calls of graphs; 0 plays whole images")
     parser.add_argument("--out", type=Path, help="stem of the .json and .md that are written")
     args = parser.parse_args(argv)
+    if args.target and not args.bundle:
+        parser.error("--target needs --bundle, one that `qexport lower` was run on")
     cases = CASES if args.cases is None else tuple(case for case in CASES if case.name in args.cases.split(","))
     batches = [int(size) for size in args.batches.split(",") if size]
     with tempfile.TemporaryDirectory(prefix="qexport-session-memory-") as folder:
         bundle, twin = str(args.bundle or Path(folder) / "bundle"), str(Path(folder) / "twin")
         Path(twin).mkdir()
-        floors = in_a_process(prepared, args.model, args.wbits, bundle, args.bundle is not None, twin)
+        floors = in_a_process(prepared, args.model, args.wbits, bundle, args.target, args.bundle is not None, twin)
         if "failed" in floors:
             raise SystemExit(f"no bundle: {floors['failed']}, see above")
         report: dict[str, Any] = {
@@ -211,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         for case in cases:
             for form, where in (("quantised", None), ("fp32", twin)):
-                stages = in_a_process(measure, bundle, where, case, batches, args.calls)
+                stages = in_a_process(measure, bundle, args.target, where, case, batches, args.calls)
                 report["rows"].append({"form": form, "case": case.name, "stages": stages})
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

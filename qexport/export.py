@@ -15,10 +15,10 @@ from qexport.errors import InputError
 from qexport.family import Generator
 from qexport.numerics.packing import pack, transposed
 from qexport.numerics.quantized import QuantizedTensor
-from qexport.quantize import StoredWeight, assign_rules, places_of, require_exportable, stored_weights
+from qexport.quantize import StoredWeight, assign_rules, output_specs, places_of, require_exportable, stored_weights
 from qexport.recipe import Recipe, Rule
 from qexport.remarks import Remark, summary
-from qexport.scheme import PerChannel, PerGroup, TensorSpec
+from qexport.scheme import ActivationSpec, PerChannel, PerGroup, TensorSpec
 from qexport.solution import Activation, Solution
 from qexport.totals import layer_row, totals
 
@@ -60,7 +60,7 @@ def export(
     solution = solution or Solution()
     rules = assign_rules(generator, recipe)  # a recipe that does not fit is said before the slow part
     require_exportable(rules)
-    _require_solved(rules, solution)
+    _require_solved(rules, solution, output_specs(generator, rules))
     _require_record(solution, training)
     plan, all_tables = with_step_scales(generator, solution.activations)
     with BundleWriter(out, overwrite=overwrite) as writer:
@@ -99,7 +99,7 @@ def export(
         for done, (name, model) in enumerate(graphs.items()):
             progress("write", done, len(graphs))
             activations, stepped = _activations_of(generator, solution, name)
-            build.quantize_activations(model, activations, stepped)
+            build.quantize_activations(model, activations, stepped, _in_graph(generator, solution.outputs, name))
             build.attach(model, refs[name], specs[name], WEIGHTS_FILE, writer.path, activations)
             build.save(model, writer.path / f"{name}.onnx")
         entry = generator.entry
@@ -150,13 +150,17 @@ def _zero_weights(rows: list[dict[str, Any]]) -> list[Remark]:
     return [Remark("zero_weights", row["name"], *row["zero_groups"]) for row in rows if "zero_groups" in row]
 
 
-def _require_solved(rules: Mapping[str, Rule], solution: Solution) -> None:
+def _require_solved(rules: Mapping[str, Rule], solution: Solution, outputs: Mapping[str, ActivationSpec]) -> None:
     """Raise where the solution is not one of this recipe: a defect of the caller."""
     wanted = {layer: rule.activation for layer, rule in rules.items() if rule.activation is not None}
     found = {layer: activation.spec for layer, activation in solution.activations.items()}
     if wanted != found:
         odd = next(layer for layer in {**wanted, **found} if wanted.get(layer) != found.get(layer))
         raise InputError(f"{odd}: its input is {found.get(odd)} in the solution, {wanted.get(odd)} in the recipe")
+    made = {layer: output.spec for layer, output in solution.outputs.items()}
+    if outputs != made:
+        odd = next(layer for layer in {**outputs, **made} if outputs.get(layer) != made.get(layer))
+        raise InputError(f"{odd}: its output is {made.get(odd)} in the solution, {outputs.get(odd)} in the recipe")
 
 
 def _require_record(solution: Solution, training: Mapping[str, Any] | None) -> None:
@@ -172,10 +176,15 @@ def _activations_of(
     """The activations of one graph by weight, and the weights whose scales come through its port."""
     from qexport.graph.step_scales import per_step_layers
 
-    places = places_of(generator, solution.activations)
-    mine = {places[name][1]: value for name, value in solution.activations.items() if places[name][0] == graph}
+    places, mine = places_of(generator, solution.activations), _in_graph(generator, solution.activations, graph)
     stepped = (places[name][1] for name in per_step_layers(generator, solution.activations))
     return mine, tuple(name for name in stepped if name in mine)
+
+
+def _in_graph(generator: Generator, activations: Mapping[str, Activation], graph: str) -> dict[str, Activation]:
+    """Those of one graph, by weight."""
+    places = places_of(generator, activations)
+    return {places[name][1]: value for name, value in activations.items() if places[name][0] == graph}
 
 
 def _write(writer: BundleWriter, weight: StoredWeight, flip: bool, convolution: bool) -> Iterator[WeightRef]:

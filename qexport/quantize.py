@@ -34,6 +34,10 @@ FP16_MAX = float(np.finfo(np.float16).max)
 MATRIX_DIMENSIONS = 2
 """Floating-point tensors of at least so many dimensions are stored in fp16."""
 
+FEWEST_OUTPUTS = 16
+"""Channels from which on the output of a convolution is rounded. The one that makes a picture has three: its work is
+little, and its codes would be the picture's levels."""
+
 
 @dataclass(frozen=True)
 class StoredWeight:
@@ -95,6 +99,23 @@ def places_of(generator: Generator, layers: Iterable[str]) -> dict[str, tuple[st
     """(graph, initialiser name) of each of these layers, whether of the generator or of its decoder."""
     known = {**generator.decoder_layers, **generator.layers}
     return {layer: known[layer] for layer in layers}
+
+
+def output_specs(generator: Generator, rules: Mapping[str, Rule]) -> dict[str, ActivationSpec]:
+    """How the outputs of layers are to be rounded: those of convolutions whose rule asks for it (`FEWEST_OUTPUTS`)."""
+    parameters = {graph.name: graph.parameters() for graph in generator.graphs}
+    found = {}
+    for layer, (graph, name) in places_of(generator, rules).items():
+        spec, shape = rules[layer].activation, parameters[graph][name].shape
+        if rounds_output(spec, shape):
+            assert spec is not None
+            found[layer] = spec.of_output
+    return found
+
+
+def rounds_output(spec: ActivationSpec | None, shape: Sequence[int]) -> bool:
+    """Whether a layer with a weight of this shape has its output rounded."""
+    return spec is not None and spec.outputs and len(shape) == 4 and shape[0] >= FEWEST_OUTPUTS
 
 
 def require_exportable(rules: Mapping[str, Rule]) -> None:

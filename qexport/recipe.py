@@ -43,7 +43,7 @@ _HEADER = """\
 # a layer that no rule matches keeps its floating point. In patterns * stands for any characters, dots too.
 """
 _RECIPE_KEYS = ("version", "name", "calibration", "rules")
-_ACTIVATION_KEYS = ("activation", "activation_scales", "activation_symmetric", "observer")
+_ACTIVATION_KEYS = ("activation", "activation_scales", "activation_symmetric", "observer", "activation_outputs")
 _QUANTISE_KEYS = ("layers", "format", "granularity", "group_size", "algorithm", "smooth", *_ACTIVATION_KEYS)
 _CALIBRATION_KEYS = ("samples", "seed", "schedule", "images", "images_sha256")
 _KEEP_KEYS = ("layers", "keep")
@@ -271,12 +271,13 @@ def _activation_lines(activation: ActivationSpec | None) -> list[str]:
     if activation is None:
         return []
     name = next(name for name, scales in ACTIVATION_SCALES.items() if scales == activation.scales)
-    return [
+    lines = [
         f"activation = {_quote(activation.format.name)}  # what flows into the layer",
         f"activation_scales = {_quote(name)}",
         f"activation_symmetric = {str(activation.symmetric).lower()}",
         f"observer = {_quote(activation.observer)}",
     ]
+    return [*lines, "activation_outputs = true  # and what comes out of convolutions"] if activation.outputs else lines
 
 
 def _parse(text: str) -> Recipe:
@@ -359,7 +360,8 @@ def _parse_activation(table: dict[str, Any]) -> ActivationSpec | None:
         raise InputError(f"key 'activation_scales' is {scales!r}{nearest(scales, ACTIVATION_SCALES)}; one of {known}")
     symmetric = _typed(table, "activation_symmetric", bool) if "activation_symmetric" in table else True
     observer = _typed(table, "observer", str) if "observer" in table else DEFAULT_OBSERVER
-    return ActivationSpec(number_format, ACTIVATION_SCALES[scales], symmetric, observer)
+    outputs = _typed(table, "activation_outputs", bool) if "activation_outputs" in table else False
+    return ActivationSpec(number_format, ACTIVATION_SCALES[scales], symmetric, observer, outputs)
 
 
 def _parse_granularity(table: dict[str, Any]) -> Granularity:

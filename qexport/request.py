@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qexport.errors import InputError
 from qexport.family import Generator
@@ -118,6 +118,8 @@ class Request:
 def decoder_scheme(wbits: int, abits: int) -> Scheme | None:
     """The scheme of a decoder's convolutions: None, w8a16 or w8a8, int8 with a scale per output channel.
 
+    At w8a8 what comes out of the convolutions is int8, too: integer kernels compute nothing else.
+
     Raises:
         InputError: other widths.
     """
@@ -125,4 +127,8 @@ def decoder_scheme(wbits: int, abits: int) -> Scheme | None:
         raise InputError(f"--decoder-wbits {wbits} --decoder-abits {abits}: each must be 8 or 16")
     if wbits == 16 and abits != 16:
         raise InputError("--decoder-abits 8 needs --decoder-wbits 8")
-    return preset(wbits, abits) if wbits == 8 else None
+    if wbits != 8:
+        return None
+    scheme = preset(wbits, abits)
+    rounded = None if scheme.activation is None else replace(scheme.activation, outputs=True)
+    return replace(scheme, activation=rounded)

@@ -125,17 +125,20 @@ class ActivationSpec:
     """How the input of a layer is quantised.
 
     `symmetric` False gives integers a zero point, which spends the codes on the range that really occurs (after GELU
-    nearly all of it is positive). `observer` chooses scales that are measured beforehand.
+    nearly all of it is positive). `observer` chooses scales that are measured beforehand. `outputs`: what comes out of
+    the layer is rounded likewise where it is a convolution (`of_output`), so that integer kernels, which hand on
+    codes, can compute it; products of matrices stay as they are.
 
     Raises:
-        InputError: an unknown observer, or a zero point where there can be none (floating point, or scales that change
-            from step to step or token to token).
+        InputError: an unknown observer, a zero point where there can be none (floating point, or scales that change
+            from step to step or token to token), or outputs without static int8 inputs.
     """
 
     format: NumberFormat
     scales: ActivationScales = Static()
     symmetric: bool = True
     observer: str = DEFAULT_OBSERVER
+    outputs: bool = False
 
     def __post_init__(self) -> None:
         if self.observer not in OBSERVERS:
@@ -145,6 +148,13 @@ class ActivationSpec:
             )
         if not self.symmetric and (self.format.kind != "int" or not isinstance(self.scales, Static)):
             raise InputError(f"{self.format.name} activations {self.scales} have no zero point; make them symmetric")
+        if self.outputs and (self.format.name != "int8" or not isinstance(self.scales, Static)):
+            raise InputError(f"outputs cannot be rounded behind {self} inputs; make those int8 static, or leave it out")
+
+    @property
+    def of_output(self) -> ActivationSpec:
+        """How the output is quantised where `outputs` asks for it: by one symmetric scale, with the same observer."""
+        return ActivationSpec(self.format, observer=self.observer)
 
     def __str__(self) -> str:
         return f"{self.format.name} {self.scales}"

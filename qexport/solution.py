@@ -23,7 +23,7 @@ LEAST_TOKEN_SCALE = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """How the input of one layer is quantised: ``code = clamp(round_half_even(x / scale) + zero_point)``.
+    """How one layer's input or output is quantised: ``code = clamp(round_half_even(x / scale) + zero_point)``.
 
     `scale` is float32: () for `Static`, (steps,) for `PerStep`, None for `PerToken`, whose scale is the token's
     greatest magnitude over `spec.format.greatest`, both in float32, and at least `LEAST_TOKEN_SCALE`, so that a token
@@ -62,7 +62,8 @@ class Activation:
 @dataclass(frozen=True)
 class Solution:
     """`weights` by layer name (only those whose algorithm needs to see inputs, shaped (outputs, inputs)), `smooth`
-    factors (I,) float32 by name of the fold, `activations` by layer name; `remarks` are what was come upon meanwhile.
+    factors (I,) float32 by name of the fold, `activations` of inputs by layer name, `outputs` of convolutions whose
+    output is rounded, bias and all; `remarks` are what was come upon meanwhile.
 
     `floats` are parameters that stay in floating point and were trained, by ``graph/name``, each as a bundle stores it
     (`qexport.quantize.as_stored`).
@@ -73,3 +74,4 @@ class Solution:
     activations: Mapping[str, Activation] = field(default_factory=dict)
     remarks: tuple[Remark, ...] = ()
     floats: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
+    outputs: Mapping[str, Activation] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 
 from qexport.numerics.quantized import QuantizedTensor
-from qexport.quantize import StoredWeight
+from qexport.quantize import StoredWeight, rounds_output
 from qexport.scheme import PerGroup
 
 FP16_BITS = 16
@@ -19,8 +19,8 @@ def layer_row(weight: StoredWeight) -> dict[str, Any]:
 
     `bits_stored` and `bits_information` are per weight, scales included; `sqnr_db` is 10·log10 of signal over
     quantisation noise power, None where nothing was quantised. A layer with quantised activations has
-    `activation_format` and `activation_scales`, one whose input is smoothed `smooth`, one with scales whose weights
-    are all zero `zero_groups`: how many of how many.
+    `activation_format` and `activation_scales`, one whose output is rounded `output_format`, one whose input is
+    smoothed `smooth`, one with scales whose weights are all zero `zero_groups`: how many of how many.
     """
     value = weight.value
     row: dict[str, Any] = {
@@ -84,10 +84,12 @@ def _zero_groups(original: np.ndarray, value: QuantizedTensor) -> dict[str, list
 
 
 def _inputs(weight: StoredWeight) -> dict[str, str]:
-    """What is said of a layer's input, where there is anything to say."""
+    """What is said of a layer's input, and a convolution's output, where there is anything to say."""
     rule, row = weight.rule, {}
     if rule is not None and rule.activation is not None:
         row = {"activation_format": rule.activation.format.name, "activation_scales": str(rule.activation.scales)}
+        if rounds_output(rule.activation, weight.original.shape):
+            row["output_format"] = rule.activation.of_output.format.name
     if rule is not None and rule.smooth is not None and weight.smoothed:
         row["smooth"] = rule.smooth
     return row

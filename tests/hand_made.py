@@ -1,4 +1,4 @@
-"""Solutions made by hand: absmax of what really flows into each layer, as simple as calibration can be."""
+"""Solutions made by hand: absmax of what flows into each layer and out of convolutions, as simple as can be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 
 from qexport.family import Generator
-from qexport.quantize import assign_rules, places_of
+from qexport.quantize import assign_rules, output_specs, places_of
 from qexport.recipe import Recipe
 from qexport.reference.backend import TorchBackend, torch_player
 from qexport.reference.interception import Interception
@@ -18,7 +18,8 @@ from qexport.solution import Activation, Solution
 
 def solution_for(generator: Generator, recipe: Recipe, *, images: int = 2, seed: int = 5) -> Solution:
     """Activations of every layer that the recipe wants quantised inputs of: absmax, over one batch of trajectories."""
-    wanted = {layer: rule.activation for layer, rule in assign_rules(generator, recipe).items() if rule.activation}
+    rules = assign_rules(generator, recipe)
+    wanted = {layer: rule.activation for layer, rule in rules.items() if rule.activation}
     places = places_of(generator, wanted)
     weights = {layer: generator.graph(graph).parameters()[name] for layer, (graph, name) in places.items()}
     low: dict[str, dict[int, float]] = defaultdict(dict)
@@ -32,6 +33,12 @@ def solution_for(generator: Generator, recipe: Recipe, *, images: int = 2, seed:
         low[name][step] = min(low[name].get(step, 0.0), float(x.min()))
         high[name][step] = max(high[name].get(step, 0.0), float(x.max()))
         return x
+
+    made: dict[str, float] = defaultdict(float)
+
+    def after(name, y):
+        made[name] = max(made[name], float(y.abs().max()))
+        return y
 
     def observe(record):
         nonlocal step
@@ -51,7 +58,7 @@ def solution_for(generator: Generator, recipe: Recipe, *, images: int = 2, seed:
         step = int(steps.index[schedule][0])
     port = label_input(player.plan)
     labels = {port.name: np.arange(images) % generator.entry.num_classes} if port else {}
-    with Interception(weights, visit):
+    with Interception(weights, visit, after):
         player.play(labels, seed=seed, batch=images, observer=observe)
 
     found = {}
@@ -73,4 +80,8 @@ def solution_for(generator: Generator, recipe: Recipe, *, images: int = 2, seed:
             high[layer] = {0: max(high[layer].values())}
             zero = 0 if spec.symmetric else round(spec.format.code_min - low[layer][0] / scale(0))
             found[layer] = Activation(spec, np.array(scale(0), np.float32), zero)
-    return Solution(activations=found)
+    outputs = {
+        layer: Activation(spec, np.array(made[layer] / spec.format.greatest, np.float32))
+        for layer, spec in output_specs(generator, rules).items()
+    }
+    return Solution(activations=found, outputs=outputs)

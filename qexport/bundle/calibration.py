@@ -3,6 +3,7 @@
     smooth/<fold>             (I,) float32        factors that were folded into the weights
     act_scale/<layer>         () or (S,) float32  scale of a layer's input, or one for each of S steps
     act_zero_point/<layer>    () int32            its zero point, where the recipe gives it one
+    out_scale/<layer>         () float32          scale of a convolution's output, where that is rounded
 
 Scales per token are computed while the model runs and are not here. The codes lie in the weight file.
 """
@@ -13,18 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from qexport.errors import BundleError, InputError
 from qexport.recipe import Rule
-from qexport.scheme import PerToken
+from qexport.scheme import ActivationSpec, PerToken
 from qexport.solution import Activation, Solution
 
 CALIBRATION = "calibration.safetensors"
 
-_SMOOTH, _SCALE, _ZERO_POINT = "smooth/", "act_scale/", "act_zero_point/"
+_SMOOTH, _SCALE, _ZERO_POINT, _OUTPUT = "smooth/", "act_scale/", "act_zero_point/", "out_scale/"
 
 
 def calibration_bytes(solution: Solution) -> bytes:
@@ -35,17 +35,19 @@ def calibration_bytes(solution: Solution) -> bytes:
             tensors[_SCALE + layer] = activation.scale
             if not activation.spec.symmetric:
                 tensors[_ZERO_POINT + layer] = np.array(activation.zero_point, np.int32)
+    tensors |= {_OUTPUT + layer: output.scale for layer, output in solution.outputs.items() if output.scale is not None}
     return save(dict(sorted(tensors.items()))) if tensors else b""
 
 
 def read_calibration(
-    root: Path, rules: Mapping[str, Rule]
-) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, Activation]]:
-    """Smoothing factors by fold and activations by layer, of the bundle in the folder `root`.
+    root: Path, rules: Mapping[str, Rule], outputs: Mapping[str, ActivationSpec] | None = None
+) -> Solution:
+    """The solution of the bundle in the folder `root`, without codes and remarks.
 
     Args:
         root: the bundle; its files have been checked.
         rules: the rule of every quantised layer, from the bundle's recipe.
+        outputs: the layers whose outputs are rounded by it (`qexport.quantize.output_specs`).
 
     Raises:
         BundleError: the file is damaged, or lacks what the recipe needs, or holds more.
@@ -73,9 +75,18 @@ def read_calibration(
             activations[layer] = Activation(spec, scale, int(zero_point))
         except InputError as error:
             raise BundleError(f"{path}: {layer}: {error}") from error
+    made: dict[str, Activation] = {}
+    for layer, spec in (outputs or {}).items():
+        scale = tensors.pop(_OUTPUT + layer, None)
+        if scale is None:
+            raise BundleError(f"{path}: has no scale of the output of {layer!r}; quantise again")
+        try:
+            made[layer] = Activation(spec, scale)
+        except InputError as error:
+            raise BundleError(f"{path}: {layer}: its output's {error}") from error
     if tensors:
         raise BundleError(f"{path}: holds {next(iter(tensors))!r}, which the recipe has no use for; quantise again")
-    return smooth, activations
+    return Solution(smooth=smooth, activations=activations, outputs=made)
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

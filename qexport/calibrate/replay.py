@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qexport.calibrate.record import caches
 from qexport.calibrate.shelf import RecordedCall, Shelf, Trajectory, is_stand_in
 from qexport.family import Generator, GraphSpec
-from qexport.reference import Interception, Window
+from qexport.reference import After, Interception, Window
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,23 @@ class Replay:
         self._next = max(there, default=0)
         return self._next
 
-    def run(self, weights: dict[str, Tensor] | None = None, tap: Tap | None = None) -> None:
-        """Run the stage on all calls and forget what it returns; `tap` sees the inputs of the layers in `weights`."""
-        self._run(weights or {}, tap, keep=False)
+    def run(self, weights: dict[str, Tensor] | None = None, tap: Tap | None = None, after: After | None = None) -> None:
+        """Run the stage on all calls and forget what it returns.
 
-    def advance(self, weights: dict[str, Tensor] | None = None, tap: Tap | None = None) -> None:
+        `tap` sees the inputs of the layers in `weights`, `after` their outputs.
+        """
+        self._run(weights or {}, tap, after, keep=False)
+
+    def advance(
+        self, weights: dict[str, Tensor] | None = None, tap: Tap | None = None, after: After | None = None
+    ) -> None:
         """Run the stage on all calls; what it returns is what the next one is given."""
-        self._run(weights or {}, tap, keep=True)
+        self._run(weights or {}, tap, after, keep=True)
         self._next += 1
         self._drop(self._next - 1)
 
     @torch.no_grad()
-    def _run(self, weights: dict[str, Tensor], tap: Tap | None, *, keep: bool) -> None:
+    def _run(self, weights: dict[str, Tensor], tap: Tap | None, after: After | None, *, keep: bool) -> None:
         stage, step = self.stage, None
         own = {port: self._caches[port] for port in stage.inputs if port in self._caches}
         needed = {port for later in self.stages[self._next + 1 :] for port in later.inputs}
@@ -110,7 +115,7 @@ class Replay:
         def visit(layer: str, x: Tensor, window: Window | None) -> Tensor:
             return x if tap is None else tap(layer, x, window, step)
 
-        with Interception(weights, visit) as mode:
+        with Interception(weights, visit, after) as mode:
             for calls, name in zip(self._batches(), self._names(self._next + 1), strict=True):
                 carried: dict[str, Tensor] = {}
                 kept: list[RecordedCall] = []

@@ -16,6 +16,7 @@ from qexport.graph.passes.attach import AttachWeights, is_convolution
 from qexport.graph.passes.group_norm import GroupNormAsLayerNorm
 from qexport.graph.passes.linear import TRANSPOSED, LinearForm
 from qexport.graph.passes.names import ReadableNames
+from qexport.graph.passes.outputs import QuantizeOutputs
 from qexport.scheme import TensorSpec
 from qexport.solution import Activation
 
@@ -43,9 +44,15 @@ def convolution_weights(model: ir.Model) -> set[str]:
     return {name for name in parameter_names(model) if is_convolution(model.graph.initializers[name])}
 
 
-def quantize_activations(model: ir.Model, activations: Mapping[str, Activation], per_step: Sequence[str]) -> None:
-    """Quantise the inputs of layers, by the names of their weights; before `attach`."""
+def quantize_activations(
+    model: ir.Model,
+    activations: Mapping[str, Activation],
+    per_step: Sequence[str],
+    outputs: Mapping[str, Activation] | None = None,
+) -> None:
+    """Quantise inputs of layers, and outputs of convolutions, by the names of their weights; before `attach`."""
     QuantizeActivations(activations, per_step)(model)
+    QuantizeOutputs(outputs or {})(model)
 
 
 def attach(

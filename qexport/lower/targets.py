@@ -32,6 +32,7 @@ from qexport.lower.passes.fold_offset import FoldOffset
 from qexport.lower.passes.fused_attention import FusedAttention
 from qexport.lower.passes.heads_in_place import HeadsInPlace
 from qexport.lower.passes.idle_transpose import IdleTranspose
+from qexport.lower.passes.integer_convolution import IntegerConvolution
 from qexport.lower.passes.joined_bias import JoinedBias
 from qexport.lower.passes.joined_split import JoinedSplit
 from qexport.lower.passes.modulated_norm import ModulatedNorm
@@ -107,7 +108,7 @@ def _or(numbers: Sequence[int]) -> str:
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
-        Target("ort-cpu", "cpu", ("float32",), (*SHAPING, *NORMS_AND_HEADS, Rotary), _none),
+        Target("ort-cpu", "cpu", ("float32",), (*SHAPING, *NORMS_AND_HEADS, Rotary, IntegerConvolution), _none),
         Target(
             "ort-cuda", "cuda", ("float16", "float32"),
             (*SHAPING, SharedInputGemm, JoinedSplit, VectorEntries, *NORMS_AND_HEADS, FusedAttention, ModulatedNorm,

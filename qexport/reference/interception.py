@@ -36,13 +36,19 @@ class Window:
 Visitor = Callable[[str, Tensor, Window | None], Tensor]
 """Called with layer, input and (convolutions only) window; returns what the layer is given instead."""
 
+After = Callable[[str, Tensor], Tensor]
+"""Called with layer and output, bias and all; returns what is handed on instead."""
+
 _CONV2D_ARGUMENTS = ("bias", "stride", "padding", "dilation", "groups")
 
 
 class Interception(TorchFunctionMode):
-    """While it is entered, shows the input of every known layer to `visit`, and hands on what that returns."""
+    """While it is entered, shows the input of every known layer to `visit`, and hands on what that returns.
 
-    def __init__(self, weights: Mapping[str, Tensor], visit: Visitor) -> None:
+    `after` does the same with outputs.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], visit: Visitor, after: After | None = None) -> None:
         """Take the weight of every layer by its name; weights are told apart by identity, not by value.
 
         Raises:
@@ -54,7 +60,7 @@ class Interception(TorchFunctionMode):
         if len(self._layers) < len(self._weights):
             shared = next(layer for layer, weight in weights.items() if self._layers[id(weight)] != layer)
             raise InputError(f"layers {shared!r} and {self._layers[id(weights[shared])]!r} share one weight")
-        self._visit = visit
+        self._visit, self._after = visit, after
         self.seen: Counter[str] = Counter()
 
     def __torch_function__(
@@ -74,7 +80,8 @@ class Interception(TorchFunctionMode):
             options = dict(zip(_CONV2D_ARGUMENTS, args[2:], strict=False)) | kwargs
             window = Window(**{name: options[name] for name in _CONV2D_ARGUMENTS[1:] if name in options})
         replaced = self._visit(layer, given["input"], window)
-        return func(replaced, *args[1:], **kwargs) if args else func(**{**kwargs, "input": replaced})
+        y = func(replaced, *args[1:], **kwargs) if args else func(**{**kwargs, "input": replaced})
+        return y if self._after is None else self._after(layer, y)
 
     def require_seen(self, layers: Iterable[str]) -> None:
         """Nothing, if all of these layers were met.

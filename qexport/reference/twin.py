@@ -5,7 +5,7 @@ folded in, weights are replaced by what their codes stand for, inputs of layers 
 so, and the plan carries the scales of the step. Three variants of one model share its memory:
 
 - `Twin.quantised`: everything, as the bundle computes it
-- `Twin.unrounded`: the same weights, inputs of layers as they are. Without the amplification of rounding (a difference
+- `Twin.unrounded`: the same weights, what flows as it is. Without the amplification of rounding (a difference
   of 1e-7 may flip a code), this one can be held to the limits of float32 sums.
 - `float64_of`: a copy that computes in float64 between the roundings; how far it is from the twin is what the model
   itself makes of rounding errors.
@@ -64,11 +64,16 @@ def quantised_twin(
         return weight
 
     apply_stored(twin, map(noting, stored_weights(twin, recipe, solution)))
-    return Twin(with_activations(twin, solution.activations), twin)
+    return Twin(with_activations(twin, solution.activations, solution.outputs), twin)
 
 
-def with_activations(generator: Generator, activations: Mapping[str, Activation]) -> Generator:
-    """The generator with quantised inputs of layers, on the same modules, and the plan that feeds their scales."""
+def with_activations(
+    generator: Generator, activations: Mapping[str, Activation], outputs: Mapping[str, Activation] | None = None
+) -> Generator:
+    """The generator with quantised inputs of layers, on the same modules, and the plan that feeds their scales.
+
+    `outputs` says which of these layers have their outputs rounded, too.
+    """
     if not activations:
         return generator
     plan, tables = with_step_scales(generator, activations)
@@ -84,7 +89,10 @@ def with_activations(generator: Generator, activations: Mapping[str, Activation]
         weights = {layer: parameters[places[layer][1]] for layer in mine}
         per_step = [layer for layer in stepped if layer in weights]
         module = QuantisedModule(
-            spec.module, {weights[name]: activations[name] for name in mine}, [weights[name] for name in per_step]
+            spec.module,
+            {weights[name]: activations[name] for name in mine},
+            [weights[name] for name in per_step],
+            {weights[name]: output for name, output in (outputs or {}).items() if name in weights},
         )
         ports = (*spec.inputs, scale_port(stepped)) if per_step else spec.inputs
         # The parts keep the names of parameters; nothing is captured from a twin.
@@ -129,5 +137,9 @@ class _Float64(nn.Module):
             scale = None if scales is None or number is None else scales[number].float()
             return fake_quantise(x.float(), activations[name], scale).double()
 
-        with Interception(weights, visit):
+        def after(name: str, y: Tensor) -> Tensor:
+            output = module.outputs.get(id(weights[name]))
+            return y if output is None else fake_quantise(y.float(), output).double()
+
+        with Interception(weights, visit, after):
             return module.inner(*given)

@@ -191,12 +191,16 @@ def quant_traits(manifest: Manifest, graph: str | None = None) -> QuantTraits:
         per_token=any(row.get("activation_scales") == str(PerToken()) for row in quantised),
         integer=any(_is_integer(row, {"int8", "int6"}) for row in quantised),
         two_bit=any(_is_integer(row, {"int2", "ternary"}) for row in quantised),
-        convolution=any(len(row.get("shape", ())) == CONVOLUTION_DIMENSIONS for row in rows),
+        convolution=any(_is_convolution(row) for row in rows),
+        integer_convolution=any(_is_convolution(row) and row["activation_format"] == "int8" for row in quantised),
     )
 
 
 def _is_integer(row: Mapping[str, Any], weights: Set[str]) -> bool:
     """Whether a layer is a matrix in one of these formats, with int8 inputs of a known scale."""
     formats = row.get("format") in weights and row.get("activation_format") == "int8"
-    matrix = len(row.get("shape", ())) != CONVOLUTION_DIMENSIONS
-    return formats and matrix and row.get("activation_scales") != str(PerToken())
+    return formats and not _is_convolution(row) and row.get("activation_scales") != str(PerToken())
+
+
+def _is_convolution(row: Mapping[str, Any]) -> bool:
+    return len(row.get("shape", ())) == CONVOLUTION_DIMENSIONS

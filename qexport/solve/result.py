@@ -38,6 +38,7 @@ class StageResult:
     smooth: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     activations: dict[str, Activation] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
+    outputs: dict[str, Activation] = field(default_factory=dict)
 
 
 def merge(generator: Generator, results: list[StageResult]) -> Solution:
@@ -48,8 +49,9 @@ def merge(generator: Generator, results: list[StageResult]) -> Solution:
         merged.smooth |= result.smooth
         merged.activations |= result.activations
         merged.remarks += result.remarks
+        merged.outputs |= result.outputs
     smooth = {fold.name: merged.smooth[fold.name] for fold in generator.folds if fold.name in merged.smooth}
-    return Solution(merged.weights, smooth, merged.activations, tuple(merged.remarks))
+    return Solution(merged.weights, smooth, merged.activations, tuple(merged.remarks), merged.outputs)
 
 
 class Workplace:
@@ -107,6 +109,9 @@ def _pack(result: StageResult) -> dict[str, np.ndarray]:
         if activation.scale is not None:
             tensors[f"act_scale/{layer}"] = activation.scale
         tensors[f"act_zero_point/{layer}"] = np.array(activation.zero_point)
+    tensors |= {
+        f"out_scale/{layer}": output.scale for layer, output in result.outputs.items() if output.scale is not None
+    }
     if result.remarks:
         text = json.dumps([astuple(remark) for remark in result.remarks])
         tensors[_REMARKS] = np.frombuffer(text.encode(), np.uint8)
@@ -126,6 +131,8 @@ def _unpack(tensors: Mapping[str, np.ndarray], rules: Mapping[str, Rule]) -> Sta
         if rule.activation is not None:
             scale, zero_point = tensors.get(f"act_scale/{layer}"), int(tensors[f"act_zero_point/{layer}"])
             result.activations[layer] = Activation(rule.activation, scale, zero_point)
+            if f"out_scale/{layer}" in tensors:
+                result.outputs[layer] = Activation(rule.activation.of_output, tensors[f"out_scale/{layer}"])
     return result
 
 

@@ -24,7 +24,7 @@ from qexport.calibrate import Replay, choose, record, stages
 from qexport.errors import InputError
 from qexport.family import Generator
 from qexport.numerics.quantized import QuantizedTensor
-from qexport.quantize import assign_rules, places_of
+from qexport.quantize import assign_rules, output_specs, places_of
 from qexport.recipe import Recipe, Rule
 from qexport.reference import Window, apply_folds, fake_quantise
 from qexport.scheme import PerStep
@@ -86,7 +86,8 @@ def solve(
         results[0].remarks += on_left_out(trajectories.left_out)
         for spec in specs:
             replay = Replay(generator, spec.name, trajectories, workplace.folder / "wires" if workplace else None)
-            layers = [layers_of(generator, stage, rules, places) for stage in replay.stages]
+            outputs = output_specs(generator, rules)
+            layers = [layers_of(generator, stage, rules, places, outputs) for stage in replay.stages]
             for found in _solve_graph(generator, replay, layers, workplace, len(results) - 1):
                 results.append(found)
                 tell("solve", len(results) - 1, total)
@@ -130,11 +131,14 @@ def _advance(replay: Replay, layers: StageLayers, result: StageResult) -> None:
             scale = torch.from_numpy(activation.scale)[step]
         return fake_quantise(x, activation, scale)
 
+    def after(layer: str, y: Tensor) -> Tensor:
+        return fake_quantise(y, result.outputs[layer]) if layer in result.outputs else y
+
     try:
         for layer, rule in layers.rules.items():
             weight = layers.weights[layer]
             weight.copy_(torch.from_numpy(_solved(layer, rule, weight, result).dequantize()).reshape(weight.shape))
-        replay.advance({layer: layers.weights[layer] for layer in result.activations}, tap)
+        replay.advance({layer: layers.weights[layer] for layer in result.activations}, tap, after)
     finally:
         for layer, original in originals.items():
             layers.weights[layer].copy_(original)

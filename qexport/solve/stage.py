@@ -6,7 +6,7 @@ Shape suffixes: O outputs, I inputs of a layer as a matrix.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -21,7 +21,7 @@ from qexport.family import Fold, Generator
 from qexport.numerics.statistics import InputStatistics
 from qexport.recipe import Rule
 from qexport.reference import Window, apply_fold
-from qexport.scheme import PerStep, TensorSpec
+from qexport.scheme import ActivationSpec, PerStep, TensorSpec
 from qexport.solve.needs import measures_activation, needs_statistics
 from qexport.solve.peculiar import on_constant, on_smoothed, on_solved
 from qexport.solve.result import StageResult
@@ -29,17 +29,25 @@ from qexport.solve.result import StageResult
 
 @dataclass(frozen=True)
 class StageLayers:
-    """The layers of one stage that are to be quantised: rules and weights by name, and the folds that are asked for."""
+    """The layers of one stage that are to be quantised: rules and weights by name, and the folds that are asked for.
+
+    `outputs` has those whose output is rounded.
+    """
 
     rules: Mapping[str, Rule]
     weights: Mapping[str, Tensor]
     folds: tuple[Fold, ...]
+    outputs: Mapping[str, ActivationSpec] = field(default_factory=dict)
 
 
 def layers_of(
-    generator: Generator, stage: Stage, rules: Mapping[str, Rule], places: Mapping[str, tuple[str, str]]
+    generator: Generator,
+    stage: Stage,
+    rules: Mapping[str, Rule],
+    places: Mapping[str, tuple[str, str]],
+    outputs: Mapping[str, ActivationSpec],
 ) -> StageLayers:
-    """What is to be done in a stage.
+    """What is to be done in a stage, `outputs` being the layers whose output is rounded, of all stages.
 
     Raises:
         InputError: a fold whose absorbers or layers lie in another stage, which would be solved by then.
@@ -56,7 +64,8 @@ def layers_of(
         for name in (*names, *(absorber.parameter for absorber in fold.absorbers)):
             if name not in stage.parameters:
                 raise InputError(f"fold {fold.name!r} reaches out of {stage.name!r}, to {name}; the family is at fault")
-    return StageLayers(own, {layer: parameters[places[layer][1]] for layer in own}, folds)
+    weights = {layer: parameters[places[layer][1]] for layer in own}
+    return StageLayers(own, weights, folds, {layer: outputs[layer] for layer in own if layer in outputs})
 
 
 def solve_stage(generator: Generator, replay: Replay, layers: StageLayers) -> StageResult:
@@ -72,9 +81,10 @@ def solve_stage(generator: Generator, replay: Replay, layers: StageLayers) -> St
     measured = {layer: layers.weights[layer] for layer, rule in layers.rules.items() if measures_activation(rule)}
     sums = {layer: InputSums(_matrix(weight).shape[1]) for layer, weight in summed.items()}
     histograms = {layer: _histograms(generator, layers.rules[layer]) for layer in measured}
+    made = {layer: Histogram() for layer in layers.outputs}
     together = not layers.folds  # folding changes what flows in: then histograms wait for it
     if summed:
-        _observe(replay, summed, sums, histograms if together else {}, measured if together else {})
+        _observe(replay, summed, sums, *((histograms, measured, made) if together else ({}, {}, {})))
     statistics = {layer: found.statistics() for layer, found in sums.items()}
     for layer, found in statistics.items():
         found.check(_matrix(summed[layer]).shape[1], layer)
@@ -89,11 +99,13 @@ def solve_stage(generator: Generator, replay: Replay, layers: StageLayers) -> St
         apply_fold(generator, fold, factor_I)
         statistics |= {layer: statistics[layer].divided(factor_I) for layer in fold.layers if layer in statistics}
     if measured and not (together and summed):
-        _observe(replay, {}, {}, histograms, measured)
+        _observe(replay, {}, {}, histograms, measured, made)
     for layer, rule in layers.rules.items():
         if rule.activation is not None:
             result.activations[layer] = choose(histograms.get(layer, ()), rule.activation, layer)
             result.remarks += remarks_on(histograms.get(layer, ()), layer)
+        if layer in layers.outputs:
+            result.outputs[layer] = choose([made[layer]], layers.outputs[layer], layer)
         if needs_statistics(rule):
             spec = cast(TensorSpec, rule.weight)
             result.remarks += on_solved(layer, statistics[layer])
@@ -114,8 +126,9 @@ def _observe(
     sums: Mapping[str, InputSums],
     histograms: Mapping[str, list[Histogram]],
     measured: Mapping[str, Tensor],
+    made: Mapping[str, Histogram],
 ) -> None:
-    """One pass through the stage."""
+    """One pass through the stage; `made` takes up what comes out of layers."""
     weights = {**summed, **measured}
 
     def tap(layer: str, x: Tensor, window: Window | None, step: int | None) -> Tensor:
@@ -130,7 +143,15 @@ def _observe(
                 raise InputError(f"{layer}: its input {error}") from error
         return x
 
-    replay.run(weights, tap)
+    def after(layer: str, y: Tensor) -> Tensor:
+        if layer in made:
+            try:
+                made[layer].add(y)
+            except InputError as error:
+                raise InputError(f"{layer}: its output {error}") from error
+        return y
+
+    replay.run(weights, tap, after)
 
 
 def _histograms(generator: Generator, rule: Rule) -> list[Histogram]:

@@ -21,7 +21,7 @@ class QuantTraits:
     layers that quantise them as well, and `activations` the formats of the latter. `per_token` tells whether any layer
     has a scale per token, `integer` whether any is a matrix with int8 weights and int8 activations of a known scale,
     which integer kernels multiply, `two_bit` whether any is one with 2-bit weights instead; `convolution` whether any
-    is a convolution.
+    is a convolution, `integer_convolution` whether any has int8 inputs, so that a target may compute it in integers.
     """
 
     weight_only: frozenset[str] = frozenset()
@@ -31,6 +31,7 @@ class QuantTraits:
     integer: bool = False
     two_bit: bool = False
     convolution: bool = False
+    integer_convolution: bool = False
 
     @property
     def any_fp8(self) -> bool:

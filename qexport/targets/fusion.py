@@ -27,6 +27,10 @@ CONVOLUTION_DIMENSIONS = 4
 
 PRODUCTS = ("MatMul", "Gemm")
 
+INTEGER_CONVOLUTION = "QLinearConv"
+INTEGER_TARGETS = ("ort-cpu",)
+"""Targets whose graphs hold convolutions as that operator, where input, weight and output are int8."""
+
 
 @dataclass(frozen=True)
 class WeightUse:
@@ -88,6 +92,12 @@ def use_of(row: Mapping[str, Any]) -> WeightUse:
         activation_format=row.get("activation_format"),
         per_token=row.get("activation_scales") == str(PerToken()),
     )
+
+
+def integer_convolution(row: Mapping[str, Any]) -> bool:
+    """Whether a row of the manifest's layer table is a convolution that integer kernels compute as a whole."""
+    kinds = (row.get("activation_format"), row.get("output_format"))
+    return kinds == ("int8", "int8") and row.get("format") in ("int8", "int6")
 
 
 def weight_of(row: Mapping[str, Any]) -> str:

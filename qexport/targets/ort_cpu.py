@@ -13,8 +13,12 @@
   a second time (0.6 % error), so it is not used there. int4 weights with static activations are not fused.
 - 2-bit weights behind int8 inputs of a known scale are fused to a MatMulIntegerToFloat that has no 2-bit kernel: the
   session cannot be made. With `session.disable_quant_qdq=1` they are dequantised once, at load, instead.
-- Convolutions are not fused with anything (1.31.1 has QLinearConv, but only in front of another QuantizeLinear). With
-  `session.disable_quant_qdq=1` their weights are dequantised once, at load, and take the usual blocked kernel.
+- Convolutions are fused to QLinearConv only in front of a QuantizeLinear that alone reads them; `lower` writes that
+  operator (`qexport.lower.passes.integer_convolution`). With `session.disable_quant_qdq=1` the weights of all others
+  are dequantised once, at load, and take the usual blocked kernel.
+- QLinearConv multiplies uint8 by int8, and with VNNI sums are exact. `session.x64quantprecision=1` makes the weights
+  uint8 with VNNI, too: as exact, and two to three times as slow (`benchmarks/convolutions.py`). So for these graphs it
+  is set only where the processor is not known to have VNNI: there sums would saturate in 16 bits.
 - Sessions with fp8 Q/DQ fail to load unless `session.disable_quant_qdq=1`, which also stops MatMulNBits fusion.
 - The kernels for one row and for several differ by 1e-4 at level 4: images then depend a little on the batch.
 - Idle threads of a session spin for tens of milliseconds. With `session.intra_op.allow_spinning=0`, which changes no
@@ -29,6 +33,7 @@ from __future__ import annotations
 
 from qexport.targets.config import OptionSet, QuantTraits, SessionConfig
 from qexport.targets.fusion import PRODUCTS, Fusion, WeightUse, not_fused, weight_only
+from qexport.targets.processor import sums_exactly
 
 
 def session_config(options: OptionSet, traits: QuantTraits) -> SessionConfig:
@@ -38,6 +43,8 @@ def session_config(options: OptionSet, traits: QuantTraits) -> SessionConfig:
     if traits.any_fp8 or traits.convolution or traits.two_bit or (traits.integer and traits.other_int8):
         entries["session.disable_quant_qdq"] = "1"
     elif traits.integer:
+        entries["session.x64quantprecision"] = "1"
+    if traits.integer_convolution and not sums_exactly():
         entries["session.x64quantprecision"] = "1"
     return SessionConfig(provider="CPUExecutionProvider", device="cpu", entries=entries)
 

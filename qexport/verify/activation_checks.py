@@ -1,4 +1,4 @@
-"""Do the graphs quantise inputs of layers with the scales that the reference uses, bit for bit?"""
+"""Do the graphs quantise inputs of layers, and outputs, with the scales that the reference uses, bit for bit?"""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from qexport.scheme import PerStep, PerToken
 from qexport.solution import LEAST_TOKEN_SCALE, Activation
 from qexport.verify.checks import NOWHERE, Check, Place, at_most
 from qexport.verify.onnx_file import OnnxFile
-from qexport.verify.quantisers import Quantiser, quantiser_of
+from qexport.verify.quantisers import Quantiser, output_quantiser_of, quantiser_of
 from qexport.verify.weights import Layer
 
 NAME = "quantised inputs that differ"
+OUTPUTS = "quantised outputs that differ"
 
 
 def check_activations(
@@ -38,6 +39,23 @@ def check_activations(
             problems.append((Place(layer.graph, name), problem))
     place, detail = problems[0] if problems else (NOWHERE, f"inputs of {len(activations)} layers, all as the reference")
     return at_most(NAME, len(problems), 0, place, detail, "layers")
+
+
+def check_outputs(graphs: Mapping[str, OnnxFile], layers: Iterable[Layer], outputs: Mapping[str, Activation]) -> Check:
+    """Whether the output of each convolution is quantised as the reference does; the figure counts where it is not."""
+    places = {layer.name: layer for layer in layers}
+    problems: list[tuple[Place, str]] = []
+    for name, output in outputs.items():
+        layer = places[name]
+        file = graphs.get(layer.graph)
+        users = file.users(layer.weight) if file is not None else []
+        found = [output_quantiser_of(file, node) for node, _ in users] if file is not None else []
+        texts = [one if isinstance(one, str) else _difference(one, output, None) for one in found]
+        problem = next(filter(None, texts), "") if texts else "the layer is not in the graph"
+        if problem:
+            problems.append((Place(layer.graph, name), problem))
+    place, detail = problems[0] if problems else (NOWHERE, f"outputs of {len(outputs)} layers, all as the reference")
+    return at_most(OUTPUTS, len(problems), 0, place, detail, "layers")
 
 
 def _problem(file: OnnxFile | None, layer: Layer, activation: Activation, element: int | None) -> str:

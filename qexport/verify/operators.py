@@ -16,7 +16,7 @@ convolution, P positions of its output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import ml_dtypes
@@ -61,7 +61,7 @@ _FLOAT8 = {"fp8-e4m3": ml_dtypes.float8_e4m3fn, "fp8-e5m2": ml_dtypes.float8_e5m
 
 
 @dataclass(frozen=True)
-class _Probe:
+class Probe:
     """A node of a layer with a quantised input, how that is rounded, and what it is multiplied by.
 
     `bias` is a convolution's, which has it inside the operator.
@@ -101,7 +101,7 @@ def check_operators(
     Raises:
         BundleError: a layer's input is not quantised, or a graph fails.
     """
-    probes: dict[str, list[_Probe]] = {}
+    probes: dict[str, list[Probe]] = {}
     for layer in layers:
         if layer.name in activations:
             element = per_step.index(layer.name) if layer.name in per_step else None
@@ -111,6 +111,28 @@ def check_operators(
         values = [name for probe in some for name in (probe.x, probe.node.output[0])]
         traits = quant_traits(bundle.manifest, graph)
         sessions[graph] = changed_session(bundle, graph, exposing(values), provider, traits)
+    found = _Found()
+
+    def visit(graph: str, feeds: Mapping[str, np.ndarray], iteration: int) -> None:
+        some = probes[graph]
+        for start in range(0, len(some), LAYERS_AT_A_TIME):
+            _measure(sessions[graph], some[start : start + LAYERS_AT_A_TIME], feeds, iteration, found)
+
+    with_feeds(reference, probes, visit, seed=seed, schedule=schedule, progress=progress)
+    detail = f"{found.products} products of {sum(map(len, probes.values()))} layers, each on the input that it saw"
+    return at_most(NAME, found.worst, OPERATOR_RELATIVE_L2, found.place, detail)
+
+
+def with_feeds(
+    reference: Generator,
+    graphs: Collection[str],
+    visit: Callable[[str, Mapping[str, np.ndarray], int], None],
+    *,
+    seed: int,
+    schedule: str | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Play `IMAGES` images on the reference; `visit` gets what `CALLS` calls of a graph are fed, and their number."""
     player = torch_player(reference)
     if schedule is not None:
         player = player.with_schedule(schedule)
@@ -119,27 +141,22 @@ def check_operators(
         for number, call in enumerate(player.plan.calls)
         for iteration in np.linspace(0, call.iterations - 1, min(CALLS, call.iterations)).round()
     }
-    found, done = _Found(), 0
+    done = 0
 
     def observe(record: CallRecord[Tensor]) -> None:
         nonlocal done
-        if record.graph not in sessions or (record.call, record.iteration) not in chosen:
+        if record.graph not in graphs or (record.call, record.iteration) not in chosen:
             return
-        feeds = {port: value.numpy() for port, value in record.feeds.items()}
-        some = probes[record.graph]
-        for start in range(0, len(some), LAYERS_AT_A_TIME):
-            _measure(sessions[record.graph], some[start : start + LAYERS_AT_A_TIME], feeds, record.iteration, found)
+        visit(record.graph, {port: value.numpy() for port, value in record.feeds.items()}, record.iteration)
         done += 1
         if progress is not None:
             progress(done, len(chosen))
 
     labels = labels_for(IMAGES, reference.entry.num_classes)
     player.play(label_inputs(player.plan, labels), seed=seed, batch=IMAGES, observer=observe)
-    detail = f"{found.products} products of {sum(map(len, probes.values()))} layers, each on the input that it saw"
-    return at_most(NAME, found.worst, OPERATOR_RELATIVE_L2, found.place, detail)
 
 
-def _probes(file: OnnxFile, layer: Layer, activations: Mapping[str, Activation], element: int | None) -> list[_Probe]:
+def _probes(file: OnnxFile, layer: Layer, activations: Mapping[str, Activation], element: int | None) -> list[Probe]:
     found = file.dequantized(layer.weight) if layer.weight in file.initializers else None
     out = []
     for node, _ in file.users(layer.weight):
@@ -147,12 +164,12 @@ def _probes(file: OnnxFile, layer: Layer, activations: Mapping[str, Activation],
         if found is None or not isinstance(quantiser, Quantiser):
             raise BundleError(f"graph {layer.graph!r}: the input or the weight of {layer.name!r} is not quantised")
         bias = file.constant(node.input[2]) if node.op_type == "Conv" and len(node.input) > 2 else None
-        out.append(_Probe(layer, node, quantiser.x, activations[layer.name], element, found.value, bias))
+        out.append(Probe(layer, node, quantiser.x, activations[layer.name], element, found.value, bias))
     return out
 
 
 def _measure(
-    session: InferenceSession, probes: list[_Probe], feeds: Mapping[str, np.ndarray], iteration: int, found: _Found
+    session: InferenceSession, probes: list[Probe], feeds: Mapping[str, np.ndarray], iteration: int, found: _Found
 ) -> None:
     names = list(dict.fromkeys(name for probe in probes for name in (probe.x, probe.node.output[0])))
     given = [name for name in names if name in feeds]
@@ -173,10 +190,10 @@ def _measure(
             found.place = Place(probe.layer.graph, probe.layer.name, iteration)
 
 
-def _product(probe: _Probe, x: np.ndarray, y: np.ndarray, scale: np.float32 | None) -> tuple[np.ndarray, np.ndarray]:
+def _product(probe: Probe, x: np.ndarray, y: np.ndarray, scale: np.float32 | None) -> tuple[np.ndarray, np.ndarray]:
     """Sampled rows of the kernel's product, and of ours in float64."""
     if probe.node.op_type == "Conv":
-        return _convolution(probe, x, y, scale)
+        return convolution(probe, x, y, scale)
     x_TK, y_TN = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     rows = _spread(len(x_TK))
     return y_TN[rows], rounded(x_TK[rows], probe.activation, scale) @ probe.weight.astype(np.float64)
@@ -205,10 +222,14 @@ def rounded(x: np.ndarray, activation: Activation, step_scale: np.float32 | None
     return values * np.asarray(scale, np.float64)
 
 
-def _convolution(
-    probe: _Probe, x_BCHW: np.ndarray, y_BOHW: np.ndarray, scale: np.float32 | None
+def convolution(
+    probe: Probe, x_BCHW: np.ndarray, y_BOHW: np.ndarray, scale: np.float32 | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first image only; positions of the output map are sampled."""
+    """Sampled positions of the first image, (O, P): of the map y, and of ours of the float input x, in float64.
+
+    Raises:
+        BundleError: a convolution of a kind that qexport never writes.
+    """
     w_OCkk = probe.weight.astype(np.float64)
     lists = {a.name: list(a.ints) for a in probe.node.attribute}
     automatic = any(a.name == "auto_pad" and a.s != b"NOTSET" for a in probe.node.attribute)

@@ -30,7 +30,14 @@ from qexport.runtime.ort_backend import OrtBackend
 from qexport.runtime.runtime import quant_traits
 from qexport.runtime.session import choose_provider, model_of, open_session, session_options
 from qexport.targets import FUSED_FORMS, SessionConfig, session_config
-from qexport.targets.fusion import PRODUCTS, use_of, weight_of
+from qexport.targets.fusion import (
+    INTEGER_CONVOLUTION,
+    INTEGER_TARGETS,
+    PRODUCTS,
+    integer_convolution,
+    use_of,
+    weight_of,
+)
 from qexport.targets.keys import JOINED_KEY
 from qexport.verify.checks import NOWHERE, Check, Place, at_most
 
@@ -49,6 +56,9 @@ single numbers on the CPU. Maps, matrices and rows of logits have more, and movi
 UNFUSED = "not fused: dequantised at every run"
 AT_LOAD = "weight dequantised at load"
 MISSING = "not found in the optimised graph"
+
+INTEGER_WEIGHT = 3
+"""Which input of a `QLinearConv` is its weight."""
 
 FOLDED = "FusedBack_"
 """ONNX Runtime's prefix of constants that it converted on a provider without a kernel for their type."""
@@ -78,10 +88,14 @@ class GraphPlacement:
 
 @dataclass(frozen=True)
 class Placement:
-    """All graphs of a bundle on one provider, by option set (``"exact"``, ``"serve"``) and graph."""
+    """All graphs of a bundle on one provider, by option set (``"exact"``, ``"serve"``) and graph.
+
+    `target` is the one that they were lowered to; None of the portable ones.
+    """
 
     provider: str
     graphs: Mapping[str, Mapping[str, GraphPlacement]] = field(default_factory=dict)
+    target: str | None = None
 
     @property
     def fallback(self) -> list[tuple[str, str, str]]:
@@ -99,7 +113,7 @@ class Placement:
 
     def surprises(self, rows: Iterable[Mapping[str, Any]], options: str = "serve") -> list[tuple[str, str]]:
         """See `surprises`."""
-        return surprises(rows, self.forms(options), self.provider)
+        return surprises(rows, self.forms(options), self.provider, self.target)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: ``provider``, ``cuda`` (a sentence where it was not measured), and per option set and graph."""
@@ -130,7 +144,7 @@ def measure_placement(
     """
     chosen = choose_provider(provider)
     graphs = {options: _measure(bundle, chosen, options, target) for options in option_sets}
-    return Placement(chosen, graphs)
+    return Placement(chosen, graphs, target)
 
 
 def _measure(bundle: Bundle, provider: str, options: str, target: str | None) -> dict[str, GraphPlacement]:
@@ -214,7 +228,7 @@ def _form(graph: GraphProto, weight: str, joined: Mapping[str, str]) -> str:
     for node in graph.node:
         if node.op_type in _PREPARING or len(node.input) < 2:
             continue
-        source = _source(graph, node.input[1])
+        source = _source(graph, node.input[INTEGER_WEIGHT if node.op_type == INTEGER_CONVOLUTION else 1])
         second = source.removeprefix(FOLDED)
         if second == name or second.startswith((f"{name}_", f"{name}/")):
             return _described(node, second, name, source in made) + suffix
@@ -253,11 +267,14 @@ def check_fusion(placement: Placement, layers: Iterable[Mapping[str, Any]]) -> C
     return at_most("quantised layers without the kernel that they should have", len(found), 0, place, detail, "layers")
 
 
-def surprises(rows: Iterable[Mapping[str, Any]], forms: Mapping[str, str], provider: str) -> list[tuple[str, str]]:
+def surprises(
+    rows: Iterable[Mapping[str, Any]], forms: Mapping[str, str], provider: str, target: str | None = None
+) -> list[tuple[str, str]]:
     """Layers that should have been fused, by the provider's rules, and are dequantised at every run; with their form.
 
-    Also matrices that cannot be found, of which nothing is proven. Convolutions may be: no provider fuses them, and
-    blocked kernels keep their weights under names of their own.
+    Also matrices that cannot be found, of which nothing is proven. Convolutions in floating point may be: no provider
+    fuses them, and blocked kernels keep their weights under names of their own. Those that `target` has integer
+    operators for must be such.
     """
     expected = FUSED_FORMS.get(provider)
     found = []
@@ -265,6 +282,8 @@ def surprises(rows: Iterable[Mapping[str, Any]], forms: Mapping[str, str], provi
         form = forms.get(str(row.get("name")), MISSING)
         use = use_of(row)
         fuses = expected is not None and expected(use).kernel is not None
-        if (form == MISSING and use.operator in PRODUCTS) or (fuses and UNFUSED in form):
+        if target in INTEGER_TARGETS and integer_convolution(row) and form != INTEGER_CONVOLUTION:
+            found.append((str(row.get("name")), f"not an integer convolution: {form}"))
+        elif (form == MISSING and use.operator in PRODUCTS) or (fuses and UNFUSED in form):
             found.append((str(row.get("name")), form))
     return found

@@ -1,9 +1,12 @@
-"""How a graph quantises what flows into a layer, read from its nodes; shares no code with what wrote them.
+"""How a graph quantises what flows into a layer and out of it, read from its nodes.
+
+Shares no code with what wrote them.
 
 fixed      x → QuantizeLinear → DequantizeLinear → the layer's first input, with one scale: a constant, or one
            element of the port `act_scale`
 per token  x → Reshape (T, K) → QuantizeLinear (axis 0) → DequantizeLinear (axis 0) → Reshape → the first input,
            with scale = Max(ReduceMax(|x|, axis 1) / greatest, least)
+output     a convolution → QuantizeLinear → DequantizeLinear, with one constant scale, and nothing else reads the float
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ PORT = "act_scale"
 
 @dataclass(frozen=True)
 class Quantiser:
-    """What is done to a layer's input.
+    """What is done to a layer's input, or output.
 
     `x` names the tensor that enters (before any Reshape), `type` the element type of the codes (`TensorProto`'s),
     `scale` is a constant float32, or None where `element` (of the port) or `token` says where it comes from; `token`
-    is (greatest, least).
+    is (greatest, least). `restored` names the tensor that leaves, where it is an output's.
     """
 
     x: str
@@ -35,6 +38,7 @@ class Quantiser:
     zero_point: int = 0
     element: int | None = None
     token: tuple[float, float] | None = None
+    restored: str = ""
 
 
 def quantiser_of(file: OnnxFile, layer: NodeProto) -> Quantiser | str:
@@ -50,6 +54,30 @@ def quantiser_of(file: OnnxFile, layer: NodeProto) -> Quantiser | str:
     except (_UnexpectedError, BundleError) as error:
         return str(error)
     return "its input is not quantised"
+
+
+def output_quantiser_of(file: OnnxFile, layer: NodeProto) -> Quantiser | str:
+    """The quantiser behind a Conv; or in words what is there instead."""
+    y = layer.output[0]
+    readers = [node for node, _ in file.consumers[y]]
+    if len(readers) != 1 or readers[0].op_type != "QuantizeLinear":
+        return "its output is not quantised"
+    after = [node for node, _ in file.consumers[readers[0].output[0]]]
+    if len(after) != 1 or after[0].op_type != "DequantizeLinear":
+        return f"{readers[0].name!r} is not followed by one DequantizeLinear"
+    quantize, dequantize = readers[0], after[0]
+    zeros = [file.read(name) for node in (quantize, dequantize) for name in node.input[2:] if name in file.initializers]
+    kinds = {file.initializers[name].data_type for name in quantize.input[2:] if name in file.initializers}
+    if quantize.input[1] != dequantize.input[1] or len(kinds) != 1 or any(zero.shape or zero.any() for zero in zeros):
+        return f"{quantize.name!r} and {dequantize.name!r} have not one scale and zero points of 0"
+    try:
+        _no_blocks(quantize, dequantize)
+        scale = file.constant(quantize.input[1])
+    except (_UnexpectedError, BundleError) as error:
+        return str(error)
+    if scale is None or scale.shape != ():
+        return f"the scale of {quantize.name!r} is not a constant number"
+    return Quantiser(y, kinds.pop(), scale, restored=dequantize.output[0])
 
 
 def _fixed(file: OnnxFile, dequantize: NodeProto) -> Quantiser:

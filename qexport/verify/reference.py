@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,10 @@ from qexport.family import Generator, find_model, load_random, random_seed
 from qexport.graph.step_scales import per_step_layers
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.plan import Plan
-from qexport.quantize import StoredWeight, assign_rules, places_of
+from qexport.quantize import StoredWeight, assign_rules, output_specs, places_of
 from qexport.recipe import Recipe, Rule
 from qexport.reference.twin import quantised_twin
-from qexport.solution import Activation, Solution
+from qexport.solution import Activation
 from qexport.verify.checks import NOWHERE, Check, Place, at_most
 from qexport.verify.onnx_file import OnnxFile
 from qexport.verify.solved_codes import SolvedCodes, judge, must_be_read, read_codes, trained_graph
@@ -38,8 +38,9 @@ class Models:
     """`full` precision, `quantised` reference, and the layers that the recipe quantises.
 
     `unrounded` is the reference without quantised inputs of layers, the same object where there are none. `activations`
-    say how those are quantised, by layer; `per_step` lists the layers with scales of the step; `solved` is what was
-    found of codes that had to be read from the bundle, `floats` of other parameters that were trained.
+    say how those are quantised, by layer, `outputs` the same of what comes out of convolutions; `per_step` lists the
+    layers with scales of the step; `solved` is what was found of codes that had to be read from the bundle, `floats` of
+    other parameters that were trained.
     """
 
     full: Generator
@@ -50,6 +51,7 @@ class Models:
     per_step: tuple[str, ...] = ()
     solved: tuple[SolvedCodes, ...] = ()
     floats: tuple[TrainedFloat, ...] = ()
+    outputs: Mapping[str, Activation] = field(default_factory=dict)
 
 
 def load_models(
@@ -82,10 +84,11 @@ def load_models(
         rules = assign_rules(generator, recipe)
     except InputError as error:
         return f"the recipe in the bundle cannot be replayed: {error}"
-    smooth, activations = read_calibration(bundle.path, rules)
+    calibrated = read_calibration(bundle.path, rules, output_specs(generator, rules))
+    smooth, activations = calibrated.smooth, calibrated.activations
     trained = trained_graph(bundle.manifest)
     trained_floats = _floats(bundle, generator)
-    solution = Solution(_codes(bundle, generator, rules), smooth, activations, floats=trained_floats)
+    solution = replace(calibrated, weights=_codes(bundle, generator, rules), floats=trained_floats)
     layers: list[Layer] = []
     solved: list[SolvedCodes] = []
     floats: list[TrainedFloat] = []
@@ -111,7 +114,10 @@ def load_models(
             ) from error
         return f"the recipe in the bundle cannot be replayed: {error}"
     stepped = per_step_layers(generator, activations)
-    return Models(generator, twin.quantised, layers, twin.unrounded, activations, stepped, tuple(solved), tuple(floats))
+    return Models(
+        generator, twin.quantised, layers, twin.unrounded, activations, stepped, tuple(solved), tuple(floats),
+        solution.outputs,
+    )  # fmt: skip
 
 
 def _codes(bundle: Bundle, generator: Generator, rules: Mapping[str, Rule]) -> dict[str, QuantizedTensor]:

@@ -20,17 +20,24 @@ from qexport.runtime.session import make_session
 from qexport.targets import QuantTraits, session_config
 from qexport.verify.onnx_file import OnnxFile
 from qexport.verify.probes import changed_session, without_rounding
-from qexport.verify.quantisers import Quantiser, quantiser_of
+from qexport.verify.quantisers import Quantiser, output_quantiser_of, quantiser_of
 from qexport.verify.weights import Layer
 
 
 def unrounded_player(
-    bundle: Bundle, layers: list[Layer], activations: Collection[str], reference: Generator, provider: str
+    bundle: Bundle,
+    layers: list[Layer],
+    activations: Collection[str],
+    outputs: Collection[str],
+    reference: Generator,
+    provider: str,
 ) -> Player[OrtValue]:
     """A player with ``exact`` options of the changed graphs, by the plan of `reference`, which rounds no inputs either.
 
+    `activations` and `outputs` name the layers whose inputs and outputs are quantised.
+
     Raises:
-        BundleError: a layer's input is not quantised, or a graph cannot be loaded.
+        BundleError: one of these is not quantised, or a graph cannot be loaded.
     """
     sessions = {}
     device = ""
@@ -44,12 +51,18 @@ def unrounded_player(
             continue
         file = OnnxFile(graph, path, bundle.path)
         inputs: dict[str, str] = {}
+        restored: dict[str, str] = {}
         for layer in mine:
             for node, _ in file.users(layer.weight):
                 quantiser = quantiser_of(file, node)
                 if not isinstance(quantiser, Quantiser):
                     raise BundleError(f"graph {graph!r}: {layer.name}: {quantiser}")
                 inputs[node.name] = quantiser.x
+                if layer.name in outputs:
+                    behind = output_quantiser_of(file, node)
+                    if not isinstance(behind, Quantiser):
+                        raise BundleError(f"graph {graph!r}: {layer.name}: {behind}")
+                    restored[node.name] = behind.restored
         plain = QuantTraits(weight_only=traits.weight_only | traits.with_activations, convolution=traits.convolution)
-        sessions[graph] = changed_session(bundle, graph, without_rounding(inputs), provider, plain)
+        sessions[graph] = changed_session(bundle, graph, without_rounding(inputs, restored), provider, plain)
     return Player(reference.plan, OrtBackend(sessions, device), bundle.tables())

@@ -136,13 +136,20 @@ def test_calibration_file_round_trip(tmp_path: Path):
         "c": Activation(token, None),
     }
     factor = np.array([0.5, 2], np.float32)
-    data = calibration_bytes(Solution({}, {"fold": factor}, activations))
+    output = Activation(A8, np.array(0.5, np.float32))
+    data = calibration_bytes(Solution({}, {"fold": factor}, activations, outputs={"a": output}))
     (tmp_path / "calibration.safetensors").write_bytes(data)
     rules = {layer: Rule(layer, INT8, activation=spec) for layer, spec in specs.items()}
-    smooth, found = read_calibration(tmp_path, rules)
-    np.testing.assert_array_equal(smooth["fold"], factor)
+    solution = read_calibration(tmp_path, rules, {"a": A8})
+    found = solution.activations
+    np.testing.assert_array_equal(solution.smooth["fold"], factor)
+    assert [(layer, float(v.scale)) for layer, v in solution.outputs.items() if v.scale is not None] == [("a", 0.5)]
     assert [(v.spec, v.zero_point) for v in found.values()] == [(lopsided, -17), (stepped, 0), (token, 0)]
-    assert calibration_bytes(Solution({}, smooth, found)) == data
+    assert calibration_bytes(solution) == data
+    with pytest.raises(BundleError, match="no scale of the output of 'b'"):
+        read_calibration(tmp_path, rules, {"a": A8, "b": A8})
+    with pytest.raises(BundleError, match="no use for"):
+        read_calibration(tmp_path, rules)
     with pytest.raises(BundleError, match="no use for"):
         read_calibration(tmp_path, {"a": rules["a"]})
     with pytest.raises(BundleError, match="no activation scale of 'd'"):

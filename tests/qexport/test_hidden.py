@@ -27,9 +27,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with replacing(path) as partial:
         partial.write_text("old")
         assert not path.exists()
-    with pytest.raises(KeyboardInterrupt), replacing(path) as partial:
-        partial.write_text("ne")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with replacing(path) as partial:
+            partial.write_text("ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "old"
     with pytest.raises(OSError, match="disk"), replacing(path):
         raise OSError("disk")  # before anything was written

@@ -1,4 +1,5 @@
 import tomllib
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from qexport.errors import InputError
 from qexport.formats import FORMATS, get_format
 from qexport.recipe import Calibration, Recipe, Rule, recipe_for
-from qexport.scheme import PerChannel, PerGroup, PerTensor, TensorSpec, preset
+from qexport.scheme import ActivationSpec, PerChannel, PerGroup, PerTensor, TensorSpec, preset
 
 INT4 = TensorSpec(get_format("int4"), PerGroup(32))
 INT8 = TensorSpec(get_format("int8"), PerChannel())
@@ -43,6 +44,19 @@ def test_toml_says_what_a_reader_of_toml_expects():
             {"layers": "c", "format": "int8", "granularity": "channel", "algorithm": "gptq"},
         ],
     }
+
+
+def test_outputs_are_a_key_that_older_recipes_lack(tmp_path):
+    path = tmp_path / "recipe.toml"
+    activation = ActivationSpec(get_format("int8"), outputs=True)
+    recipe = Recipe("r", (Rule("decode/*", INT8, activation=activation),))
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    assert Recipe.from_toml(path) == recipe
+    assert tomllib.loads(recipe.to_toml())["rules"][0]["activation_outputs"] is True
+    path.write_text(recipe.to_toml().replace("activation_outputs = true", ""), encoding="utf-8")
+    assert Recipe.from_toml(path).rules[0].activation == replace(activation, outputs=False)
+    plain = Recipe("r", (Rule("decode/*", INT8, activation=replace(activation, outputs=False)),))
+    assert "activation_outputs" not in plain.to_toml()
 
 
 def test_first_match_wins_and_no_match_keeps_floating_point():

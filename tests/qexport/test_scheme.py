@@ -6,6 +6,7 @@ from qexport.scheme import (
     ActivationSpec,
     PerChannel,
     PerGroup,
+    PerStep,
     PerTensor,
     PerToken,
     Scheme,
@@ -89,6 +90,14 @@ def test_a_zero_point_needs_static_integers():
         ActivationSpec(get_format("int8"), PerToken(), symmetric=False)
     with pytest.raises(InputError, match="no zero point"):
         ActivationSpec(get_format("fp8-e4m3"), Static(), symmetric=False)
+
+
+def test_outputs_are_rounded_behind_static_int8_inputs_only():
+    spec = ActivationSpec(get_format("int8"), symmetric=False, observer="minmax", outputs=True)
+    assert spec.of_output == ActivationSpec(get_format("int8"), observer="minmax")
+    for format_name, scales in (("int4", Static()), ("int8", PerStep()), ("fp8-e4m3", Static())):
+        with pytest.raises(InputError, match=f"behind {format_name} .* inputs; make those int8 static"):
+            ActivationSpec(get_format(format_name), scales, outputs=True)
 
 
 def test_groups_of_floating_point_are_a_contradiction():

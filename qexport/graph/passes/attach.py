@@ -133,6 +133,7 @@ ONNX_NAMES = {
     "float32": "FLOAT",
     "float16": "FLOAT16",
     "int64": "INT64",
+    "int32": "INT32",
     "int8": "INT8",
     "int4": "INT4",
     "int2": "INT2",

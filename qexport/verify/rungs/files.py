@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qexport.verify.activation_checks import check_activations
+from qexport.verify.activation_checks import check_activations, check_outputs
 from qexport.verify.checks import NOWHERE, at_most
 from qexport.verify.reference import Models, check_plan
 from qexport.verify.rungs.climb import Climb
@@ -48,4 +48,6 @@ def check_weights(climb: Climb, models: Models | None) -> None:
         checks.append(floats)
     if models.activations:
         checks.append(check_activations(graphs, models.layers, models.activations, models.per_step))
+    if models.outputs:
+        checks.append(check_outputs(graphs, models.layers, models.outputs))
     checks.append(check_plan(climb.bundle, models.quantised))

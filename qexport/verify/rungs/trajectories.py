@@ -7,6 +7,7 @@ from onnxruntime import OrtValue
 from qexport.errors import UnsupportedError
 from qexport.family import Generator
 from qexport.runtime import Player
+from qexport.verify.integer_convolutions import check_integer_convolutions
 from qexport.verify.limits import Limits, limits_for, with_half_decoder
 from qexport.verify.operators import check_operators
 from qexport.verify.reference import Models
@@ -32,6 +33,7 @@ def check_trajectories(climb: Climb, models: Models | None) -> None:
             _check_unrounded(climb, models, limits)
             check_each_operator(climb, models)
         else:
+            check_integers(climb, models, climb.target)
             climb.skip("quantised operators one by one", "of the portable graphs only; verify without --target")
         departures = climb.attempt("the model's own departure", lambda: _departures(climb, models))
         if departures is None:
@@ -73,6 +75,28 @@ def check_each_operator(climb: Climb, models: Models) -> None:
         climb.report.checks.append(check)
 
 
+def check_integers(climb: Climb, models: Models, target: str) -> None:
+    """Each integer convolution of a target's graphs against float64, on what it saw."""
+    check = climb.attempt(
+        "integer convolutions",
+        lambda: check_integer_convolutions(
+            climb.bundle,
+            target,
+            open_graphs(climb.bundle),
+            models.layers,
+            models.activations,
+            models.outputs,
+            models.quantised,
+            climb.provider,
+            seed=climb.seed,
+            schedule=climb.effort.schedule,
+            progress=lambda done, total: climb.tell("operators", done, total),
+        ),
+    )
+    if check is not None:
+        climb.report.checks.append(check)
+
+
 def _limits(climb: Climb) -> Limits | None:
     """The limits for this bundle; None, and the rung listed as skipped, where there are none."""
     try:
@@ -87,7 +111,9 @@ def _check_unrounded(climb: Climb, models: Models, limits: Limits) -> None:
     reference = models.unrounded
 
     def compare() -> TrajectoryResult:
-        player = unrounded_player(climb.bundle, models.layers, models.activations, reference, climb.provider)
+        player = unrounded_player(
+            climb.bundle, models.layers, models.activations, models.outputs, reference, climb.provider
+        )
         return _compare(climb, reference, player, False)
 
     result = climb.attempt("trajectories without rounding", compare)

@@ -23,12 +23,13 @@ from qexport.formats import get_format
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.numerics.statistics import InputStatistics
 from qexport.pipeline import load_generator
-from qexport.quantize import apply_stored, stored_weights
+from qexport.quantize import FEWEST_OUTPUTS, apply_stored, stored_weights
 from qexport.recipe import Calibration, Recipe, Rule
 from qexport.reference import Interception, Window, fake_quantise, layer_weights, torch_player
 from qexport.scheme import ActivationSpec, PerChannel, PerGroup, PerStep, PerToken, Static, TensorSpec
 from qexport.solution import Activation, Solution
 from qexport.solve import needs_calibration, solve
+from qexport.verify.trajectory import label_inputs
 
 INT8, INT4 = get_format("int8"), get_format("int4")
 W8, W4 = TensorSpec(INT8, PerChannel()), TensorSpec(INT4, PerGroup(32))
@@ -317,6 +318,32 @@ def test_the_decoder_is_solved_alone(spy: Spy) -> None:
     solve(generator, recipe)
     weight = layer_weights(generator)["decode/decoder.conv_in"]
     assert spy.seen["decode/decoder.conv_in"].gram_II.shape == (weight[0].numel(),) * 2
+
+
+def test_outputs_of_convolutions_are_measured_bias_and_all() -> None:
+    """Of the decoder in full precision, which is one stage; not of matrices, nor where there are few channels."""
+    generator = load_generator("dit-c10-d2")
+    asked = ActivationSpec(INT8, observer="minmax", outputs=True)
+    recipe = _recipe(Rule("decode/*", W8, activation=asked), samples=2, schedule="ddim-10")
+    made: dict[str, float] = {}
+
+    def after(layer: str, y: Tensor) -> Tensor:
+        made[layer] = max(made.get(layer, 0.0), float(y.abs().max()))
+        return y
+
+    weights = layer_weights(generator)
+    decoder = {layer: weights[layer] for layer in generator.decoder_layers}
+    player = torch_player(generator).with_schedule("ddim-10")
+    with Interception(decoder, lambda layer, x, window: x, after):
+        player.play(label_inputs(player.plan, np.arange(2)), seed=recipe.calibration.seed, batch=2)
+    solution = solve(generator, recipe)
+    wide = {layer for layer, weight in decoder.items() if weight.ndim == 4 and weight.shape[0] >= FEWEST_OUTPUTS}
+    assert set(solution.outputs) == wide
+    assert 3 in {weight.shape[0] for weight in decoder.values()}  # the picture's own convolution is left out
+    for layer, output in solution.outputs.items():
+        assert output.scale is not None
+        assert float(output.scale) * 127 == pytest.approx(made[layer], rel=1e-4), layer
+        assert output.spec == ActivationSpec(INT8, observer="minmax")
 
 
 def test_wrong_wishes_are_one_line(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:

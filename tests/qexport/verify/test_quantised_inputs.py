@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +98,10 @@ def test_static_int8_is_fused_and_its_file_is_read_back(static: Path, generator:
     assert report.passed, [(found.name, found.detail) for found in report.failures]
     assert set(report.placement["serve"]["step"]["layers"].values()) == {"MatMulIntegerToFloat"}
     recipe = Recipe.from_toml(static / "recipe.toml")
-    smooth, activations = read_calibration(static, assign_rules(generator, recipe))
-    assert calibration_bytes(Solution({}, smooth, activations)) == (static / CALIBRATION).read_bytes()
+    assert (
+        calibration_bytes(read_calibration(static, assign_rules(generator, recipe)))
+        == (static / CALIBRATION).read_bytes()
+    )
 
 
 def edit(root: Path, change: Callable[[onnx.GraphProto], None]) -> None:
@@ -196,9 +199,9 @@ def test_calibration_file_damaged(
     root = Path(shutil.copytree(static, tmp_path / "damaged"))
     path = root / CALIBRATION
     if damage == "less":
-        smooth, activations = read_calibration(static, assign_rules(generator, Recipe.from_toml(root / "recipe.toml")))
-        del activations[LAYER]
-        path.write_bytes(calibration_bytes(Solution({}, smooth, activations)))
+        found = read_calibration(static, assign_rules(generator, Recipe.from_toml(root / "recipe.toml")))
+        rest = {layer: activation for layer, activation in found.activations.items() if layer != LAYER}
+        path.write_bytes(calibration_bytes(replace(found, activations=rest)))
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:-7])
     else:
