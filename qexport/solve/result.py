@@ -51,7 +51,7 @@ def merge(generator: Generator, results: list[StageResult]) -> Solution:
         merged.remarks += result.remarks
         merged.outputs |= result.outputs
     smooth = {fold.name: merged.smooth[fold.name] for fold in generator.folds if fold.name in merged.smooth}
-    return Solution(merged.weights, smooth, merged.activations, tuple(merged.remarks), merged.outputs)
+    return Solution(merged.weights, smooth, merged.activations, tuple(merged.remarks), outputs=merged.outputs)
 
 
 class Workplace:
