@@ -5,10 +5,12 @@
   (1 % on channels with outliers). Level 0 keeps float32.
 - int8 weights with int8 activations of a known scale (static, or of the step) fuse to MatMulIntegerToFloat. Its kernel
   for CPUs without VNNI saturates in 16 bits: 1.1 % error against exact integers. `session.x64quantprecision=1` brings
-  it to 3e-7 and costs a tenth (81 ms instead of 74). That error is a defect of a kernel and not a choice of the recipe,
-  so both sets avoid it. The option turns int8 weights into uint8 ones with a scalar zero point, which a layer with a
-  scale per channel that was not fused then refuses at run time, unless it has zero points of its own: the exporter
-  gives them to layers with integer activations. Where other int8 weights are in the same graph, Q/DQ is not fused.
+  it to 3e-7 and costs a tenth there (81 ms instead of 74). That error is a defect of a kernel and not a choice of the
+  recipe, so both sets avoid it. With VNNI sums are exact without the option, which makes products half as fast and
+  less (`benchmarks/int8_products.py`): it is set only where the processor is not known to have VNNI. It turns int8
+  weights into uint8 ones with a scalar zero point, which a layer with a scale per channel that was not fused then
+  refuses at run time, unless it has zero points of its own: the exporter gives them to layers with integer activations.
+  Where other int8 weights are in the same graph, Q/DQ is not fused.
 - Per token, activations go through Q/DQ and the weight is fused as if it were weight-only. Level 4 would quantise them
   a second time (0.6 % error), so it is not used there. int4 weights with static activations are not fused.
 - 2-bit weights behind int8 inputs of a known scale are fused to a MatMulIntegerToFloat that has no 2-bit kernel: the
@@ -16,9 +18,8 @@
 - Convolutions are fused to QLinearConv only in front of a QuantizeLinear that alone reads them; `lower` writes that
   operator (`qexport.lower.passes.integer_convolution`). With `session.disable_quant_qdq=1` the weights of all others
   are dequantised once, at load, and take the usual blocked kernel.
-- QLinearConv multiplies uint8 by int8, and with VNNI sums are exact. `session.x64quantprecision=1` makes the weights
-  uint8 with VNNI, too: as exact, and two to three times as slow (`benchmarks/convolutions.py`). So for these graphs it
-  is set only where the processor is not known to have VNNI: there sums would saturate in 16 bits.
+- QLinearConv multiplies uint8 by int8, and the option makes it two to three times as slow (`benchmarks/convolutions.py`):
+  the same holds for it.
 - Sessions with fp8 Q/DQ fail to load unless `session.disable_quant_qdq=1`, which also stops MatMulNBits fusion.
 - The kernels for one row and for several differ by 1e-4 at level 4: images then depend a little on the batch.
 - Idle threads of a session spin for tens of milliseconds. With `session.intra_op.allow_spinning=0`, which changes no
@@ -42,9 +43,8 @@ def session_config(options: OptionSet, traits: QuantTraits) -> SessionConfig:
     entries = {"session.qdq_matmulnbits_accuracy_level": level, "session.intra_op.allow_spinning": "0"}
     if traits.any_fp8 or traits.convolution or traits.two_bit or (traits.integer and traits.other_int8):
         entries["session.disable_quant_qdq"] = "1"
-    elif traits.integer:
-        entries["session.x64quantprecision"] = "1"
-    if traits.integer_convolution and not sums_exactly():
+    fused = traits.integer and "session.disable_quant_qdq" not in entries
+    if (fused or traits.integer_convolution) and not sums_exactly():
         entries["session.x64quantprecision"] = "1"
     return SessionConfig(provider="CPUExecutionProvider", device="cpu", entries=entries)
 
