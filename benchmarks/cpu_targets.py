@@ -105,6 +105,7 @@ def markdown(report: dict[str, Any]) -> str:
             lines += [f"## {name}, batch {size}, {subject['settings']['played']}", ""]
             lines += ["| contender | ms | p25–p75 | × compile | × eager | × fp32 | memory, of fp32 | load s |"]
             lines += ["|---|---|---|---|---|---|---|---|"]
+            whole = next((held[row["name"]] for row in rows if row["name"] == "fp32" and size in row["batches"]), None)
             for row in rows:
                 batch = row["batches"].get(size)
                 if batch is None:
@@ -113,7 +114,7 @@ def markdown(report: dict[str, Any]) -> str:
                 cells = [row["name"], f"{ms['median']:.4g}", f"{ms['p25']:.4g}–{ms['p75']:.4g}"]
                 bases = ("torch.compile", "torch eager", "fp32")
                 cells += [f"{ratios[base]['median']:.2f}" if base in ratios else "–" for base in bases]
-                share = held[row["name"]] / held["fp32"] if held.get("fp32") and held[row["name"]] else None
+                share = held[row["name"]] / whole if whole and held[row["name"]] else None
                 cells += ["–" if share is None else f"{share:.2f}", f"{row['load_s']:.2f}"]
                 lines.append("| " + " | ".join(cells) + " |")
             lines.append("")
