@@ -119,7 +119,8 @@ def markdown(report: dict[str, Any]) -> str:
                 lines.append("| " + " | ".join(cells) + " |")
             lines.append("")
         lines += [f"- {sentence}" for sentence in subject["words"]]
-        lines += [f"- without {what}: {why}" for what, why in subject["left_out"].items()] + [""]
+        left_out = {row["name"]: row["failed"] for row in rows if row.get("failed")} | subject["left_out"]
+        lines += [f"- without {what}: {why}" for what, why in left_out.items()] + [""]
     return "\n".join(lines) + "\n"
 
 
