@@ -18,8 +18,8 @@
 - Convolutions are fused to QLinearConv only in front of a QuantizeLinear that alone reads them; `lower` writes that
   operator (`qexport.lower.passes.integer_convolution`). With `session.disable_quant_qdq=1` the weights of all others
   are dequantised once, at load, and take the usual blocked kernel.
-- QLinearConv multiplies uint8 by int8, and the option makes it two to three times as slow (`benchmarks/convolutions.py`):
-  the same holds for it.
+- QLinearConv multiplies uint8 by int8, so the same holds for it: the option makes it two to three times as slow
+  (`benchmarks/convolutions.py`).
 - Sessions with fp8 Q/DQ fail to load unless `session.disable_quant_qdq=1`, which also stops MatMulNBits fusion.
 - The kernels for one row and for several differ by 1e-4 at level 4: images then depend a little on the batch.
 - Idle threads of a session spin for tens of milliseconds. With `session.intra_op.allow_spinning=0`, which changes no
