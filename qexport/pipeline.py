@@ -19,7 +19,6 @@ from qexport.quantize import assign_rules, require_exportable, why_not_exportabl
 from qexport.recipe import Recipe
 from qexport.request import DEFAULT_METHOD, TRAINED_FROM, Request
 from qexport.scheme import Scheme, preset
-from qexport.solve import needs_calibration, solve
 
 if TYPE_CHECKING:
     from qexport.training import Training
@@ -97,6 +96,8 @@ def quantize(
             recipe = of_recipe(generator, recipe, given)
         elif given is not None:
             asked = on_images(generator, asked, given)
+    from qexport.solve import solve
+
     if training is None:
         decision = Decision(recipe) if recipe else decide(generator, asked, tell)
         folder = _folder(out, generator, decision.recipe)
@@ -145,6 +146,8 @@ def _folder(out: str | Path | None, generator: Generator, recipe: Recipe, traine
 
 def _calibrates(generator: Generator, recipe: Recipe) -> bool:
     """Whether the recipe, which must be one that can be exported, needs to see inputs."""
+    from qexport.solve import needs_calibration
+
     rules = assign_rules(generator, recipe)
     require_exportable(rules)
     return needs_calibration(rules.values())

@@ -15,8 +15,9 @@ import hashlib, json, os, sys
 from pathlib import Path
 import torch
 import qexport.pipeline as pipeline
+import qexport.solve as solving
 import qexport.training as training
-from qexport.distill import Distillation, DistillSettings
+from qexport.distill import Distillation, DistillSettings, process_group
 from qexport.errors import InputError
 from qexport.methods import parse_method
 from qexport.request import Request
@@ -24,7 +25,7 @@ from qexport.scheme import preset
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 found = {"threads": [], "start": None, "refused": None}
-plain_solve, plain_tune = pipeline.solve, training.fine_tune
+plain_solve, plain_tune = solving.solve, training.fine_tune
 
 def solve(*args, **kwargs):
     found["threads"].append(torch.get_num_threads())
@@ -43,20 +44,21 @@ def fine_tune(generator, recipe, solution, *args, **kwargs):
     found["start"] = digest.hexdigest()
     return plain_tune(generator, recipe, solution, *args, **kwargs)
 
-pipeline.solve, training.fine_tune = solve, fine_tune
+solving.solve, training.fine_tune = solve, fine_tune
 request = Request(preset(4), parse_method("smoothquant+gptq"), samples=2)
 settings = DistillSettings(Distillation("forward"), steps=1, batch=2, samples=6, held_out=2, evaluate_every=1)
 asked = training.Training(settings)
-pipeline.quantize("var-c10-d2", request=request, training=asked, out=folder / "bundle")
 
 def refuse(*args, **kwargs):
     raise InputError("not to be had")
 
-pipeline.solve = refuse
-try:
-    pipeline.quantize("var-c10-d2", request=request, training=asked, out=folder / "none")
-except InputError as error:
-    found["refused"] = str(error)
+with process_group():
+    pipeline.quantize("var-c10-d2", request=request, training=asked, out=folder / "bundle")
+    solving.solve = refuse
+    try:
+        pipeline.quantize("var-c10-d2", request=request, training=asked, out=folder / "none")
+    except InputError as error:
+        found["refused"] = str(error)
 (folder / f"rank{rank}.json").write_text(json.dumps(found))
 """
 

@@ -60,7 +60,7 @@ def test_codes_are_those_of_integer_arithmetic():
     want = exact(p, x, integer_bias(p["b"], p["sx"], p["sw"].astype(np.float32)))
     got = run(model, {"x": x})["y"] / p["sy"]
     np.testing.assert_array_equal(np.rint(got), want)
-    assert 0 < (np.abs(want) >= 127).mean() < 0.2  # saturation is met, and is not the rule
+    assert 0 < (np.abs(want) >= 127).mean() < 0.5  # saturation is met, and is not the rule
     reference = ReferenceEvaluator(serde.serialize_model(model)).run(None, {"x": x})[0]
     np.testing.assert_array_equal(np.rint(np.asarray(reference) / p["sy"]), want)
 
