@@ -10,7 +10,7 @@
   less (`benchmarks/int8_products.py`): it is set only where the processor is not known to have VNNI. It turns int8
   weights into uint8 ones with a scalar zero point, which a layer with a scale per channel that was not fused then
   refuses at run time, unless it has zero points of its own: the exporter gives them to layers with integer activations.
-  Where other int8 weights are in the same graph, Q/DQ is not fused.
+  Where other int8 weights are in the same graph, Q/DQ is not fused beside the option.
 - Per token, activations go through Q/DQ and the weight is fused as if it were weight-only. Level 4 would quantise them
   a second time (0.6 % error), so it is not used there. int4 weights with static activations are not fused.
 - 2-bit weights behind int8 inputs of a known scale are fused to a MatMulIntegerToFloat that has no 2-bit kernel: the
@@ -41,10 +41,12 @@ def session_config(options: OptionSet, traits: QuantTraits) -> SessionConfig:
     """Options for one of the two sets; see the module for what they change."""
     level = "0" if options == "exact" or traits.per_token else "4"
     entries = {"session.qdq_matmulnbits_accuracy_level": level, "session.intra_op.allow_spinning": "0"}
-    if traits.any_fp8 or traits.convolution or traits.two_bit or (traits.integer and traits.other_int8):
+    unsigned = not sums_exactly()
+    refused = unsigned and traits.integer and traits.other_int8
+    if traits.any_fp8 or traits.convolution or traits.two_bit or refused:
         entries["session.disable_quant_qdq"] = "1"
     fused = traits.integer and "session.disable_quant_qdq" not in entries
-    if (fused or traits.integer_convolution) and not sums_exactly():
+    if unsigned and (fused or traits.integer_convolution):
         entries["session.x64quantprecision"] = "1"
     return SessionConfig(provider="CPUExecutionProvider", device="cpu", entries=entries)
 

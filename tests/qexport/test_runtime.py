@@ -14,7 +14,7 @@ from qexport import runtime
 from qexport.errors import BundleError, InputError
 from qexport.runtime import session
 from qexport.runtime.runtime import quant_traits
-from qexport.targets import QuantTraits, ort_cuda, session_config
+from qexport.targets import QuantTraits, ort_cpu, ort_cuda, session_config
 
 LABELS = [0, 3, 1, 2, 2]
 
@@ -173,6 +173,26 @@ def test_option_sets():
     assert session_config("cuda", "serve", QuantTraits(int4)).entries == {}
     assert session_config("cuda", "serve", QuantTraits(int4, fp8)).entries == {}
     assert session_config("cuda", "serve", QuantTraits(frozenset(), fp8)).entries == {"session.disable_quant_qdq": "1"}
+
+
+@pytest.mark.parametrize(
+    ("exact", "weight_only", "entry"),
+    [
+        (True, set(), None),
+        (True, {"int8"}, None),
+        (True, {"int4"}, None),
+        (False, set(), "session.x64quantprecision"),
+        (False, {"int4"}, "session.x64quantprecision"),
+        (False, {"int8"}, "session.disable_quant_qdq"),
+        (False, {"int6"}, "session.disable_quant_qdq"),
+    ],
+)
+def test_int8_products_beside_other_weights(exact, weight_only, entry, monkeypatch):
+    monkeypatch.setattr(ort_cpu, "sums_exactly", lambda: exact)
+    int8 = frozenset({"int8"})
+    entries = session_config("cpu", "serve", QuantTraits(frozenset(weight_only), int8, int8, integer=True)).entries
+    decided = {name for name in entries if name in ("session.x64quantprecision", "session.disable_quant_qdq")}
+    assert decided == ({entry} if entry else set())
 
 
 def test_quant_traits_of_a_layer_table():

@@ -54,6 +54,7 @@ def schemes() -> list[Recipe]:
     lopsided = ActivationSpec(get_format("int8"), symmetric=False)
     found.append(Recipe("asymmetric", (Rule("blocks.*", INT8, activation=lopsided),)))
     found.append(Recipe("decoder", (Rule("decode/*", INT8),)))
+    found.append(Recipe("beside", (Rule("*.fc2", INT8), Rule("blocks.*", INT8, activation=A8))))
     mixed = (Rule("blocks.*", INT8, activation=ActivationSpec(get_format("int8"), PerStep())),)
     found.append(Recipe("mixed", (*mixed, Rule("head", preset(4).weight), Rule("decode/*", INT8, activation=A8))))
     return found
