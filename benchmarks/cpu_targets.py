@@ -2,14 +2,14 @@
 
     python benchmarks/cpu_targets.py --out benchmarks/results/cpu_targets          (the whole table, about an hour)
     python benchmarks/cpu_targets.py --models var-d16 --whole --batches 1          (images of it, not ten steps)
-    python benchmarks/cpu_targets.py --models var-d16 --batches 8 --targets ort-cpu --against fp32,eager,compile
+    python benchmarks/cpu_targets.py --models var-d16 --batches 8 --targets ort-cpu --against fp32 --forms W8A8
     python benchmarks/cpu_targets.py --rehearse                                    (two minutes: does it run at all?)
 
 Bundles are made here and measured by `qexport bench`, whose rules hold: every contender in a process of its own, in
 turns, ratios of times in the same turn, memory above an empty process. Whole images of the small models, one denoising
 step of DiT-B/2, the ten steps of var-d16 without its decoder; where whole images are made, W8A8 with the decoder in
 int8, too (W8A8-D8). Weights of the published shapes are random numbers; speed does not depend on them. All contenders
-are in memory together: ten of var-d16 at batch 8 do not fit into 24 GiB, so fewer are asked for there.
+are in memory together: more than three of var-d16 at batch 8 do not fit into 24 GiB, so fewer are asked for there.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def measure(subject: Subject, args: argparse.Namespace, folder: Path) -> dict[st
     from qexport.bench.run import bench
 
     bundles = []
-    for name, (wbits, abits, decoder) in FORMS.items():
+    for name in args.forms.split(","):
+        wbits, abits, decoder = FORMS[name]
         if decoder == 8 and subject.calls is not None:
             continue  # it is not played
         bundles.append(folder / f"{subject.name}-{name}")
@@ -129,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", help="comma-separated; all by default")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--whole", action="store_true", help="whole images of every model")
+    parser.add_argument("--forms", default=",".join(FORMS), help="which of our bundles take part")
     parser.add_argument("--targets", default=f"portable,{TARGET}", help="which graphs of the bundles take part")
     parser.add_argument("--against", default=AGAINST, help="references of `qexport bench`")
     parser.add_argument("--repeats", type=int, default=7)
