@@ -10,8 +10,8 @@ import typer
 
 from qexport.family import random_seed
 from qexport_cli.options import CheckpointOption, JsonOption, VaeCheckpointOption
-from qexport_cli.progress import work
-from qexport_cli.quantize_choice import choose, speaks
+from qexport_cli.progress import speaks, work
+from qexport_cli.quantize_choice import choose
 from qexport_cli.quantize_result import figures_of, show
 from qexport_cli.render import print_json, print_note
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +59,6 @@ def choose(options: Mapping[str, Any], recipe: Path | None, taught: Mapping[str,
         return Choice(None, read, training_of(asked, read.calibration.seed))
     training = training_of(asked, given.get("--seed", 0))
     return Choice(_request(given, training is not None), None, training)
-
-
-def speaks() -> bool:
-    """Whether this process says what was done: of those that ``torchrun`` starts, the first."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _request(given: Mapping[str, Any], trained: bool) -> Request:
