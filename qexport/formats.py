@@ -113,3 +113,9 @@ def get_format(name: str) -> NumberFormat:
     if name not in FORMATS:
         raise InputError(f"unknown number format {name!r}{nearest(name, FORMATS)}; known are {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def stored_as(name: str) -> str:
+    """The integer format of the tensor that holds such codes, ``int4`` for ``int3``; other names as they are."""
+    found = FORMATS.get(name)
+    return found.onnx_type.lower() if found is not None and found.kind == "int" and found.onnx_type else name

@@ -30,6 +30,7 @@ from typing import Any
 
 from qexport.bundle import Bundle
 from qexport.errors import InputError
+from qexport.formats import stored_as
 from qexport.lower.work import GraphWork
 from qexport.scheme import PerToken
 from qexport.targets.device_table import DeviceTable, Figure
@@ -39,9 +40,6 @@ MODES = ("latency", "memory", "balanced")
 
 BALANCED_GAIN = 1.25
 """So many times faster a layer must become to be worth its memory."""
-
-STORED_ALIKE = {"ternary": "int2", "int3": "int4", "int6": "int8"}
-"""Formats that lie in the codes of another run as that one."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ def _less(time: float | None, other: float | None) -> bool:
 def forms_of(row: Mapping[str, Any], dtype: str) -> tuple[str, str]:
     """The form of a layer of the manifest's table as it is stored, and that of its dequantised weight."""
     form, group, activation = str(row["format"]), row.get("group_size"), row.get("activation_format")
-    kind = STORED_ALIKE.get(form, form)
+    kind = stored_as(form)
     if activation is None:
         return f"{kind}-b{group}" if group else f"{kind}-channel", dtype
     scales = "token" if row.get("activation_scales") == str(PerToken()) else "static"

@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qexport.formats import stored_as
 from qexport.scheme import PerToken
 
-FUSED_FORMATS = frozenset({"int2", "int3", "int4", "int8", "uint2", "uint4", "uint8"})
-"""int3 lies in an INT4."""
+FUSED_FORMATS = frozenset({"int2", "int4", "int8", "uint2", "uint4", "uint8"})
+"""Integers as ONNX has them."""
 
 MIN_BLOCK, MAX_BLOCK = 16, 256
 CONVOLUTION_DIMENSIONS = 4
@@ -36,9 +37,10 @@ INTEGER_TARGETS = ("ort-cpu",)
 class WeightUse:
     """How a graph uses a quantised weight.
 
-    `block` is the number of weights that share a scale along the blocked axis, None for a scale per column or one in
-    all. `along_input` is whether scales lie as the rule above wants them. `operator` reads the weight, through a
-    Transpose if `transposed`; `readers` is how many nodes read it.
+    `format` is that of the tensor (`qexport.formats.stored_as`). `block` is the number of weights that share a scale
+    along the blocked axis, None for a scale per column or one in all. `along_input` is whether scales lie as the rule
+    above wants them. `operator` reads the weight, through a Transpose if `transposed`; `readers` is how many nodes read
+    it.
     """
 
     format: str
@@ -86,7 +88,7 @@ def not_fused(provider: str, use: WeightUse) -> Fusion:
 def use_of(row: Mapping[str, Any]) -> WeightUse:
     """A row of the manifest's layer table: the exporter brings matrices into the form MatMul(x, W[K, N]), read once."""
     return WeightUse(
-        str(row.get("format")),
+        stored_as(str(row.get("format"))),
         row.get("group_size"),
         operator="Conv" if len(row.get("shape", ())) == CONVOLUTION_DIMENSIONS else "MatMul",
         activation_format=row.get("activation_format"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -10,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qexport.inspect import fused_forms
 from qexport.inspect.onnx_file import inspect_onnx
-from qexport.targets.fusion import WeightUse
+from qexport.targets.fusion import WeightUse, use_of
 
 K, N = 1024, 64
 TYPES = {
@@ -89,6 +91,24 @@ def test_rules_agree_with_onnxruntime(tmp_path, format_name, block, how):
     assert layer.granularity == (
         "per tensor" if block == 0 else "per channel" if block is None else f"per group of {block}"
     )
+
+
+@pytest.mark.parametrize("format_name", ["int8", "int6", "int4", "int3", "int2", "ternary"])
+def test_a_format_without_a_tensor_of_its_own_is_fused_as_the_one_that_holds_it(format_name):
+    row: dict[str, Any] = {"format": format_name, "group_size": 32, "shape": [64, 64]}
+    assert [found.kernel for found in fused_forms(use_of(row)).values()] == ["MatMulNBits", "MatMulNBits"]
+
+
+@pytest.mark.parametrize(("format_name", "kernel"), [("int8", "MatMulIntegerToFloat"), ("int6", "MatMulIntegerToFloat"),
+                                                     ("int4", None), ("ternary", None)])  # fmt: skip
+def test_rows_with_quantised_activations(format_name, kernel):
+    row: dict[str, Any] = {
+        "format": format_name,
+        "shape": [64, 64],
+        "activation_format": "int8",
+        "activation_scales": "static",
+    }
+    assert fused_forms(use_of(row))["cpu"].kernel == kernel
 
 
 def test_quantised_activations():
