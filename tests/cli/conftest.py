@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -35,8 +36,9 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture
 def run(capsys, monkeypatch) -> Run:
-    """Run a command line in this process."""
+    """Run a command line in this process, which says no lines of progress, however slow the machine is."""
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("qexport_cli.progress.LINE_SECONDS", math.inf)
 
     def invoke(*arguments: object) -> Outcome:
         from qexport_cli.main import dispatch

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import MODEL
-from qexport_cli.quantize_choice import choose, speaks
+from qexport_cli.progress import speaks
+from qexport_cli.quantize_choice import choose
 
 from qexport.bundle import Bundle
 from qexport.errors import InputError
