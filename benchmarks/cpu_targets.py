@@ -9,7 +9,7 @@ Bundles are made here and measured by `qexport bench`, whose rules hold: every c
 turns, ratios of times in the same turn, memory above an empty process. Whole images of the small models, one denoising
 step of DiT-B/2, the ten steps of var-d16 without its decoder; where whole images are made, W8A8 with the decoder in
 int8, too (W8A8-D8). Weights of the published shapes are random numbers; speed does not depend on them. All contenders
-are in memory together: more than three of var-d16 at batch 8 do not fit into 24 GiB, so fewer are asked for there.
+are in memory together: more than four of var-d16 at batch 8 do not fit into 24 GiB, so fewer are asked for there.
 """
 
 from __future__ import annotations
@@ -140,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rehearse", action="store_true", help="tiny models and one repeat")
     parser.add_argument("--out", type=Path, help="stem of the .json and .md that are written")
     args = parser.parse_args(argv)
+    if unknown := set(args.forms.split(",")) - set(FORMS):
+        parser.error(f"--forms {', '.join(sorted(unknown))}: choose from {', '.join(FORMS)}")
     subjects = REHEARSAL if args.rehearse else SUBJECTS
     if args.rehearse:
         args.batches, args.repeats, args.warmup = "1,2", 1, 1

@@ -42,7 +42,7 @@ class Lines:
             return
         self._last = now
         began, first = self._began
-        left = (now - began) / (done - first) * (total - done) if done > first else None
+        left = (now - began) / (done - first) * (total - done) if first < done < total else None
         self._write(f"{stage}, {done} of {total}" + (f", {_duration(left)} left" if left is not None else ""))
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-from qexport_cli.progress import Lines, work
+from qexport_cli.progress import Lines, speaks, work
 
 
 class Clock:
@@ -67,6 +65,15 @@ def test_a_stage_that_has_just_begun_promises_nothing(clock):
     assert said == ["training: loss 1, 500 of 1000"]
 
 
+def test_a_stage_that_is_through_has_nothing_left(clock):
+    said: list[str] = []
+    lines = Lines(said.append, clock)
+    lines("solving", 0, 10)
+    clock.now += 90
+    lines("solving", 10, 10)
+    assert said == ["solving, 10 of 10"]
+
+
 def test_lines_go_to_stderr_beside_a_clean_stdout(capsys, monkeypatch):
     monkeypatch.setattr("qexport_cli.progress.LINE_SECONDS", 0.0)
     with work() as report:
@@ -75,12 +82,13 @@ def test_lines_go_to_stderr_beside_a_clean_stdout(capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == ["solving, 1 of 2", "a library's chatter"]
-    assert sys.stdout is not sys.stderr
 
 
 def test_of_several_processes_the_first_speaks(capsys, monkeypatch):
+    assert speaks()
     monkeypatch.setattr("qexport_cli.progress.LINE_SECONDS", 0.0)
     monkeypatch.setenv("RANK", "1")
+    assert not speaks()
     with work() as report:
         report("solving", 1, 2)
     assert capsys.readouterr().err == ""

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import MODEL
-from qexport_cli.progress import speaks
 from qexport_cli.quantize_choice import choose
 
 from qexport.bundle import Bundle
@@ -88,12 +87,6 @@ def test_what_options_mean(tmp_path):
     assert read.training.settings.seed == 5  # the recipe's, as --seed is refused beside it
     with pytest.raises(InputError, match="leave --seed out"):
         choose({"--seed": 1}, recipe, {"--topkld": True})
-
-
-def test_of_several_processes_the_first_speaks(monkeypatch):
-    assert speaks()
-    monkeypatch.setenv("RANK", "1")
-    assert not speaks()
 
 
 @pytest.mark.slow
