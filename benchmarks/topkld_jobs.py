@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from qexport.distill import TOPK_LOSSES
-from qexport.distill.settings import DEFAULT_LR, DEFAULT_SCALE_LR
 from qexport.family import find_model
 from qexport.formats import get_format
 from qexport.scheme import ActivationSpec, PerGroup, Scheme, Static, TensorSpec, preset
@@ -39,11 +38,13 @@ LOSSES = ("forward", "split", "mixed", "boosted", "reverse", "js", "logit-mse", 
 BASELINES = ("rtn", "mse")
 
 VARIED: dict[str, Any] = {
-    "lr": DEFAULT_LR, "scale_lr": DEFAULT_SCALE_LR, "ema": 0.0, "samples": 1024, "batch": 16, "rest_lr": 0.0,
+    "lr": 0.01, "scale_lr": 0.007, "ema": 0.0, "samples": 1024, "batch": 16, "rest_lr": 0.0,
 }  # fmt: skip
 """Settings of training with what they are in a row that does not name them. Rows of before this did not name
-``samples`` and ``batch``; what they were is in their ``settings``. Without ``rest_lr`` only what is quantised was
-trained, whatever the default is."""
+``samples`` and ``batch``; what they were is in their ``settings``. They are not qexport's defaults, found after most
+rows had been made. A rate of `AUTO` follows from the error of quantisation."""
+
+AUTO = "auto"
 
 RATES = ("lr", "scale_lr", "ema", "rest_lr")
 """Those that a sweep combines."""
@@ -87,10 +88,10 @@ class Sweep:
     losses: tuple[str, ...] = LOSSES
     top_k: tuple[int, ...] = (HEAD,)
     seeds: tuple[int, ...] = (0, 1, 2)
-    lr: tuple[float, ...] = (DEFAULT_LR,)
-    scale_lr: tuple[float, ...] = (DEFAULT_SCALE_LR,)
+    lr: tuple[float | str, ...] = (VARIED["lr"],)
+    scale_lr: tuple[float | str, ...] = (VARIED["scale_lr"],)
     ema: tuple[float, ...] = (0.0,)
-    rest_lr: tuple[float, ...] = (VARIED["rest_lr"],)
+    rest_lr: tuple[float | str, ...] = (VARIED["rest_lr"],)
     steps: int = 400
     batch: int = VARIED["batch"]
     samples: int = VARIED["samples"]
@@ -150,13 +151,24 @@ class Job:
         return self.row["loss"] != NO_LOSS
 
     def setting(self, name: str) -> Any:
-        """One of `VARIED`: the row's, or what it is where a row does not name it."""
-        return self.row.get(name, VARIED[name])
+        """One of `VARIED`: the row's, or what it is where a row does not name it; None for `AUTO`."""
+        value = self.row.get(name, VARIED[name])
+        return None if value == AUTO else value
 
     @cached_property
     def digest(self) -> str:
         """Names the row among claims."""
         return hashlib.sha256(json.dumps(key_of(self.row)).encode()).hexdigest()[:16]
+
+
+def rate_of(text: str) -> float | str:
+    """A rate as the command line has it: a number, or `AUTO`."""
+    return text if text == AUTO else float(text)
+
+
+def said(setting: float | str | None) -> str:
+    """A setting in a table."""
+    return AUTO if setting in (None, AUTO) else f"{setting:g}"
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:

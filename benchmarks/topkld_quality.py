@@ -40,7 +40,20 @@ from typing import Any
 import torch
 from shards import append, merged, read, save, shard_of
 from topkld_bench import Bench, recipe_of
-from topkld_jobs import HEAD, LOSSES, SCHEMES, VARIED, Job, Sweep, claimed, jobs_of, key_of, read_plan, sweep_of
+from topkld_jobs import (
+    HEAD,
+    LOSSES,
+    SCHEMES,
+    VARIED,
+    Job,
+    Sweep,
+    claimed,
+    jobs_of,
+    key_of,
+    rate_of,
+    read_plan,
+    sweep_of,
+)
 
 from qexport.distill import Distillation, DistillSettings, distill
 from qexport.errors import InputError
@@ -145,11 +158,11 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES)
     parser.add_argument("--top-k", nargs="+", type=int, default=[HEAD])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--lr", nargs="+", type=float, default=[VARIED["lr"]], help="relative rates of the weights")
-    parser.add_argument("--scale-lr", nargs="+", type=float, default=[VARIED["scale_lr"]], help="of the scales")
+    parser.add_argument("--lr", nargs="+", type=rate_of, default=[VARIED["lr"]], help="relative rates of the weights")
+    parser.add_argument("--scale-lr", nargs="+", type=rate_of, default=[VARIED["scale_lr"]], help="of the scales")
     parser.add_argument("--ema", nargs="+", type=float, default=[VARIED["ema"]], help="decays of a running mean")
     parser.add_argument(
-        "--rest-lr", nargs="+", type=float, default=[VARIED["rest_lr"]], help="relative rates of all that stays float"
+        "--rest-lr", nargs="+", type=rate_of, default=[VARIED["rest_lr"]], help="relative rates of all that stays float"
     )
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=VARIED["batch"])

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from topkld_jobs import BASELINES, HEAD, LOSSES, NO_LOSS, RATES, SCHEMES, VARIED
+from topkld_jobs import BASELINES, HEAD, LOSSES, NO_LOSS, RATES, SCHEMES, VARIED, said
 from topkld_tables import (
     BITS,
     CONFIDENCE,
@@ -320,7 +320,7 @@ def rates_of(rows: Sequence[Row]) -> list[str]:
     body = [
         (
             row["model"], row["scheme"], name_of(row["loss"], row.get("top_k")), row["steps"], row["data"],
-            *(f"{row['settings'].get(name, VARIED[name]):g}" for name in used), row["seed"], row.get("device", "cpu"),
+            *(said(row["settings"].get(name, VARIED[name])) for name in used), row["seed"], row.get("device", "cpu"),
             f"{figure_of(row):.4f}",
         )
         for row in sorted(mine, key=lambda row: (in_order(row)[:2], row["loss"], row["steps"], figure_of(row)))
@@ -422,7 +422,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     for row in sorted(rows, key=lambda row: (row["model"], list(SCHEMES).index(row["scheme"]))):
         cells = dict(row) | row.get("held_out", {}) | {"wall_s": row["wall_s"], "start": row["start"]}
         settings = row.get("settings")
-        cells |= {name: "" if settings is None else settings.get(name, VARIED[name]) for name in used}
+        cells |= {name: "" if settings is None else said(settings.get(name, VARIED[name])) for name in used}
         fd = row.get("fd")
         if fd is not None:
             cells |= {"fd": fd["value"], "fd_low": fd["ci95"][0], "fd_high": fd["ci95"][1], "fd_images": fd["n"]}

@@ -23,7 +23,7 @@ from itertools import pairwise
 from typing import Any
 
 from scipy.stats import t as student_t
-from topkld_jobs import NO_LOSS, SCHEMES, VARIED
+from topkld_jobs import NO_LOSS, SCHEMES, VARIED, said
 
 CONFIDENCE = 0.95
 FORWARD = "forward"
@@ -65,7 +65,7 @@ def value_of(row: Row, name: str) -> float | None:
 
 def title_of(setting: Mapping[str, Any]) -> str:
     """What a setting has beside model and scheme, in words."""
-    named = [f"{name} {setting[name]:g}" for name in VARIED if setting.get(name) is not None]
+    named = [f"{name} {said(setting[name])}" for name in VARIED if setting.get(name) is not None]
     data = "" if setting["data"] == "teacher" else f"on {setting['data']}"
     start = "" if setting["start"] == "gptq" else f"from {setting['start']}"
     return ", ".join(part for part in (f"{setting['steps']} steps", data, start, *named) if part)

@@ -98,13 +98,15 @@ def quantize(
     top_k: Annotated[
         int | None, typer.Option(metavar="K", help="With --topkld: the teacher's likeliest tokens (default 900).")
     ] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="With --topkld: updates (default 400).")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="With --topkld: updates (default 800).")] = None,
     batch: Annotated[
-        int | None, typer.Option(metavar="N", help="With --topkld: samples of an update (default 16).")
+        int | None, typer.Option(metavar="N", help="With --topkld: samples of an update (default 8).")
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(metavar="RATE", help="With --topkld: rate, relative to each matrix's size (default 0.01)."),
+        typer.Option(
+            metavar="RATE", help="With --topkld: rate, relative to each matrix's size (default: by its error)."
+        ),
     ] = None,
     data: Annotated[
         Path | None,

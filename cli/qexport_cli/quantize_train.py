@@ -110,5 +110,6 @@ _KINDS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     bool: ("true or false", _truth),
     int: ("an integer", int),
     float: ("a number", float),
+    float | None: ("a number", float),
     tuple[float, ...] | None: ("a list of numbers such as 1,0.5,2", _numbers),
 }

@@ -137,6 +137,7 @@ def require_memory(
     rest = {
         "recompute": not (settings.recompute or least),
         "offload": device == "cpu" and not (settings.offload or settings.sharded),
+        "rest_lr=0": settings.train_rest and not least,
     }
     advice = ["make the batch smaller (--batch)", *(f"--train {name}" for name, helps in rest.items() if helps)]
     about = "at least" if least else "about"

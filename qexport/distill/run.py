@@ -107,11 +107,11 @@ def distill(
             null = generator.entry.num_classes
             trained_on = with_null_labels(trained_on, column, null, settings.unconditional, settings.seed)
         student = Student(
-            teacher, recipe, solution, task.predictor, task.place_steps, learn_scales=settings.scale_lr > 0,
-            learn_activation_scales=settings.scale_lr > 0,
+            teacher, recipe, solution, task.predictor, task.place_steps, learn_scales=settings.learn_scales,
+            learn_activation_scales=settings.learn_scales,
         )  # fmt: skip
         one = next(held.batches(1))
-        if settings.rest_lr:
+        if settings.train_rest:
             with computing(student, settings):
                 student.train_rest(*(tensor.to(place) for tensor in one))
         needed = estimate_bytes(student, one, settings, processes.world(), len(held))
@@ -129,6 +129,7 @@ def distill(
     report = {
         "loss": settings.loss.loss if generator.denoise is None else "output-mse",
         "settings": settings.to_json(),
+        "rates": trainer.rates.to_json(),
         "data": samples.source,
         "steps": len(history.losses),
         "figure": task.figure,

@@ -9,17 +9,6 @@ from typing import Any
 from qexport.distill.losses import Distillation
 from qexport.errors import InputError
 
-DEFAULT_LR = 0.01
-"""Of weights, relative to the root mean square of each matrix: Adam moves a weight by about this share of it a step.
-
-An absolute rate would have to know the model's width; 5e-4 on weights of rms 0.05 is the same."""
-
-DEFAULT_SCALE_LR = 0.007
-"""Of scales, relative likewise. One step of fp16 is 0.0005 … 0.001 of a scale."""
-
-DEFAULT_REST_LR = 0.0
-"""Of what is not quantised, relative to the root mean square of each tensor: frozen."""
-
 JUDGE_BATCH = 16
 """Held-out samples that go through teacher and student at once."""
 
@@ -33,7 +22,8 @@ class DistillSettings:
         steps: updates, each of `batch` samples; the rate falls to 0 along half a cosine.
         warmup: steps over which the rate rises to its full height first.
         batch: samples of an update, over all processes together.
-        lr: rate of the weights, relative to the rms of each matrix.
+        lr: rate of the weights, relative to the rms of each matrix; None follows from the layer's error, and so do the
+            next two (`qexport.distill.rates`).
         scale_lr: rate of the scales, relative to the rms of each layer's; 0 keeps them as they are.
         rest_lr: rate of the parameters that are not quantised (biases, embeddings, adaptive norms, the head), relative
             to the rms of each; 0 keeps them as they are.
@@ -61,11 +51,11 @@ class DistillSettings:
     """
 
     loss: Distillation = field(default_factory=Distillation)
-    steps: int = 400
-    batch: int = 16
-    lr: float = DEFAULT_LR
-    scale_lr: float = DEFAULT_SCALE_LR
-    rest_lr: float = DEFAULT_REST_LR
+    steps: int = 800
+    batch: int = 8
+    lr: float | None = None
+    scale_lr: float | None = None
+    rest_lr: float | None = None
     warmup: int = 0
     clip: float = 1.0
     ema: float = 0.0
@@ -74,9 +64,9 @@ class DistillSettings:
     held_out: int = 64
     per_trajectory: int = 10
     unconditional: float = 0.1
-    evaluate_every: int = 50
+    evaluate_every: int = 100
     patience: int = 0
-    checkpoint_every: int = 50
+    checkpoint_every: int = 100
     seed: int = 0
     recompute: bool = False
     cached: bool = False
@@ -90,7 +80,7 @@ class DistillSettings:
                 raise InputError(f"distillation: {name} is {getattr(self, name)}; it must be at least {least}")
         for name in ("lr", "scale_lr", "rest_lr", "clip"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
+            if value is not None and not 0 <= value < math.inf:
                 raise InputError(f"distillation: {name} is {value}; it must be 0 or greater, and finite")
         for name in ("ema", "unconditional"):
             if not 0 <= getattr(self, name) < 1:
@@ -106,6 +96,16 @@ class DistillSettings:
                 "distillation: offload and sharded exclude each other; sharded divides the moments already"
             )
 
+    @property
+    def learn_scales(self) -> bool:
+        """Whether scales move."""
+        return self.scale_lr != 0
+
+    @property
+    def train_rest(self) -> bool:
+        """Whether what is not quantised moves."""
+        return self.rest_lr != 0
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the manifest and for keys of checkpoints.
 
@@ -113,7 +113,7 @@ class DistillSettings:
         was such a rate.
         """
         data = asdict(self)
-        if not self.rest_lr:
+        if not self.train_rest:
             del data["rest_lr"]
         return data
 

@@ -120,11 +120,12 @@ class Student(nn.Module):
         self.specs = tuple(start.spec for start in starts.values())
         weights = layer_parameters(self._generator, self.layers)
         originals = layer_parameters(generator, self.layers)
-        scales, activations = {}, []
+        scales, activations, self.errors = {}, [], {}
         for layer, start in starts.items():
             latent = _latent(originals[layer].detach(), start)
             with torch.no_grad():
                 weights[layer].copy_(latent)
+            self.errors[layer] = _relative_error(originals[layer].detach(), start)
             held = torch.tensor(start.scales.astype(np.float32), device=latent.device)
             scales[layer] = nn.Parameter(held, requires_grad=learn_scales)
         for parameter in _parameters(self._generator):
@@ -138,8 +139,8 @@ class Student(nn.Module):
         self._activations = {
             layer: solution.activations[layer] for layer in self.layers if layer in solution.activations
         }
-        self._scaled = tuple(layer for layer, found in self._activations.items() if found.scale is not None)
-        for layer in self._scaled:
+        self.scaled = tuple(layer for layer, found in self._activations.items() if found.scale is not None)
+        for layer in self.scaled:
             scale = self._activations[layer].scale
             assert scale is not None
             held = torch.from_numpy(scale.copy()).to(self._weights[0].device)
@@ -240,7 +241,7 @@ class Student(nn.Module):
     def overlay(self, batch: tuple[Tensor, ...]) -> Overlay:
         """The mode under which the copy computes as the quantised model."""
         weights = {id(weight): rounder() for weight, rounder in zip(self._weights, self._rounders, strict=True)}
-        by_layer = dict(zip(self._scaled, self.activation_scales, strict=True))
+        by_layer = dict(zip(self.scaled, self.activation_scales, strict=True))
         inputs = {
             id(weight): self._rounding(self._activations[layer], by_layer.get(layer), batch)
             for layer, weight in zip(self.layers, self._weights, strict=True)
@@ -276,7 +277,7 @@ class Student(nn.Module):
             codes = quantize_full(processes.whole(latent).cpu().numpy(), stored, spec, name=layer)
             weights[layer] = QuantizedTensor(codes, stored, spec)
         activations = dict(self._activations)
-        for layer, scale in zip(self._scaled, self.activation_scales, strict=True):
+        for layer, scale in zip(self.scaled, self.activation_scales, strict=True):
             found = activations[layer]
             held = scale.clamp_min(LEAST_TOKEN_SCALE).cpu().numpy().copy()
             activations[layer] = Activation(found.spec, held, found.zero_point)
@@ -338,6 +339,12 @@ def _latent(w_OI: Tensor, start: QuantizedTensor) -> Tensor:
     held = torch.from_numpy(start.dequantize()).to(w_OI.device).reshape(blocks.shape)
     rounds_to_it = round_to(blocks / scale, start.spec.format) * scale == held
     return torch.where(rounds_to_it, blocks, held).reshape(w_OI.shape)
+
+
+def _relative_error(w_OI: Tensor, start: QuantizedTensor) -> float:
+    """‖Q(w) − w‖ / ‖w‖; 0 for a matrix of zeros."""
+    held = torch.from_numpy(start.dequantize()).to(w_OI.device)
+    return float((held - w_OI).norm() / w_OI.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _parameters(generator: Generator) -> list[nn.Parameter]:

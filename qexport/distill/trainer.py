@@ -1,7 +1,7 @@
 """The training loop: AdamW on all that the student trains, judged on held-out samples, resumable to the bit.
 
-Rates are relative to the size of what they move (`DistillSettings`), fall along half a cosine, and the gradient's norm
-is clipped. There is no weight decay: the teacher says where the weights belong.
+Rates are relative to the size of what they move (`qexport.distill.rates`), fall along half a cosine, and the gradient's
+norm is clipped. There is no weight decay: the teacher says where the weights belong.
 
 Nothing random happens in the loop: a batch follows from seed and step, so a checkpoint (weights, scales, optimiser,
 best result so far, history, step) is all that it takes to go on exactly as if nothing had happened. What is returned is
@@ -25,6 +25,7 @@ from qexport.distill.cached import CachedTeacher
 from qexport.distill.checkpoints import Checkpoints
 from qexport.distill.data import Samples
 from qexport.distill.offload import OffloadedMoments
+from qexport.distill.rates import groups, rates_of
 from qexport.distill.recompute import computing, precision
 from qexport.distill.settings import JUDGE_BATCH, DistillSettings
 from qexport.distill.student import Finished, Student
@@ -89,8 +90,9 @@ class Trainer:
         if settings.sharded and processes.joined():
             student.divide()
         self._trained = [p for p in student.parameters() if p.requires_grad]
+        self.rates = rates_of(student.errors, settings)
         fused = True if self._device.type == "cuda" else None  # each group has one tensor: a kernel, not a dozen
-        self._optimiser = torch.optim.AdamW(_groups(student, settings), lr=1.0, weight_decay=0.0, fused=fused)
+        self._optimiser = torch.optim.AdamW(groups(student, self.rates), lr=1.0, weight_decay=0.0, fused=fused)
         self._offloaded: OffloadedMoments | None = None
         if settings.offload:
             if checkpoints is None:
@@ -226,7 +228,7 @@ class Trainer:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         saved = self._checkpoints.folder if self._checkpoints is not None else None
         kept = f"; the last checkpoint is in {saved}" if saved is not None and (saved / CHECKPOINT).exists() else ""
-        return f"distillation: {what} at step {step + 1}; lower the rate (lr {self._settings.lr}){kept}"
+        return f"distillation: {what} at step {step + 1}; lower the rate (lr {self.rates.mean:.2g}){kept}"
 
     def _save(self) -> None:
         if self._checkpoints is None:
@@ -279,19 +281,6 @@ class Trainer:
         }
         floats = {name: value.numpy() for name, value in state.get("floats", {}).items()}  # older ones have none
         self._best = Finished(weights, activations, floats)
-
-
-def _groups(student: Student, settings: DistillSettings) -> list[dict[str, Any]]:
-    """One group for each tensor: its rate is relative to its own root mean square."""
-    rates = [(student.latents, settings.lr), (student.scales, settings.scale_lr)]
-    rates += [(list(student.activation_scales), settings.scale_lr), (list(student.rest), settings.rest_lr)]
-    groups = []
-    for tensors, rate in rates:
-        for tensor in tensors:
-            if tensor.requires_grad:
-                rms = float(processes.whole(tensor.detach()).square().mean().sqrt())
-                groups.append({"params": [tensor], "lr": rate * rms})
-    return groups
 
 
 def _gathered(state: dict[str, Any]) -> dict[str, Any]:

@@ -149,11 +149,11 @@ class Bench:
         return recipe, solution, settings
 
     def _training(self) -> DistillSettings:
-        """What is not quantised stays as it is, whatever the default: keys do not say, and all rows were made so."""
+        """Batch and rates are these whatever the defaults: keys do not say, and all rows were made so."""
         steps = self.how.topkld_steps
         return DistillSettings(
             Distillation(), steps=steps, samples=self.how.topkld_samples, seed=self.how.seed,
-            evaluate_every=max(1, steps // 8), rest_lr=0.0,
+            evaluate_every=max(1, steps // 8), checkpoint_every=50, batch=16, lr=0.01, scale_lr=0.007, rest_lr=0.0,
         )  # fmt: skip
 
     def run(self, run: Run, work: Path | None) -> Measured:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_a_switch_may_stand_alone_and_a_name_may_have_hyphens() -> None:
         (["--topkld", *options("warmup=1.5")], "--train warmup=1.5: '1.5' is not an integer"),
         (["--topkld", *options("scale_weights=1,,2")], "'1,,2' is not a list of numbers such as 1,0.5,2"),
         (["--topkld", *options("ema=nan")], "distillation: ema is nan; it must lie in 0 … 1, 1 excluded"),
-        (["--topkld", *options("warmup=400")], "distillation: warmup takes 400 of 400 steps"),
+        (["--topkld", *options("warmup=800")], "distillation: warmup takes 800 of 800 steps"),
         (["--topkld", *options("samples=4", "held_out=4")], "4 samples, 4 held out: nothing to train on"),
         (["--topkld", *options("offload", "sharded")], "offload and sharded exclude each other"),
         (["--topkld", *options("boost=2")], "--train boost belongs to --variant boosted; leave it out with"),
@@ -192,7 +193,9 @@ def test_a_loss_that_is_no_number_is_one_line_and_keeps_the_checkpoint(small, tm
         patch.setattr(TokenTask, "loss", sick)
         outcome = small(*TRAIN, *options("checkpoint_every=1"), "--out", "b")
     assert outcome.code == 2
-    assert "the loss is nan at step 3; lower the rate (lr 0.01); the last checkpoint is in .b.training" in outcome.error
+    # Without --lr the rate is 0.017 of the layers' mean error, which at 2 bits is some tenths.
+    said = r"the loss is nan at step 3; lower the rate \(lr 0\.00\d+\); the last checkpoint is in \.b\.training"
+    assert re.search(said, outcome.error)
     assert [entry.name for entry in tmp_path.iterdir()] == [".b.training"]
     again = small(*TRAIN, *options("checkpoint_every=1"), "--out", "b")  # nothing was lost
     assert (again.code, again.error) == (0, "going on after step 2 of 4 (.b.training)")

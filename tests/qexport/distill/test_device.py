@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from qexport.compare import judge as judge_module
 from qexport.distill import Distillation, DistillSettings, Samples, distill
 from qexport.distill import trainer as trainer_module
+from qexport.distill.rates import rates_of
 from qexport.distill.run import make_task, require_device
 from qexport.distill.student import Student, layer_parameters
 from qexport.distill.tasks import TokenTask
@@ -89,7 +90,7 @@ def one_step(
     full = placed(full, "cpu")
     task = make_task(full, settings)
     student = Student(full, recipe, solution, task.predictor, task.place_steps)
-    rates = [group["lr"] for group in trainer_module._groups(student, settings)]
+    rates = [group["lr"] for group in trainer_module.groups(student, rates_of(student.errors, settings))]
     teacher = copy.deepcopy(full)
     with mode:
         for generator in (teacher, student.generator):
@@ -103,7 +104,7 @@ def one_step(
         student.activation_scales = nn.ParameterList(p.detach().to(AWAY) for p in student.activation_scales)
         parameters = [*student.latents, *student.scales, *student.activation_scales]
         groups = [{"params": [tensor], "lr": rate} for tensor, rate in zip(parameters, rates, strict=True)]
-        monkeypatch.setattr(trainer_module, "_groups", lambda *_: groups)
+        monkeypatch.setattr(trainer_module, "groups", lambda *_: groups)
         trainer = Trainer(student, task.predictor(teacher), task, data.split(4), settings)
         found = trainer._update(student)
         return found, trainer

@@ -59,7 +59,7 @@ def test_it_is_never_more_than_what_is_measured(
     settings = replace(ONE, **changed)
     task = make_task(tiny, settings)
     student = Student(
-        tiny, tiny_w2, Solution(), task.predictor, task.place_steps, learn_scales=settings.scale_lr > 0,
+        tiny, tiny_w2, Solution(), task.predictor, task.place_steps, learn_scales=settings.learn_scales,
         learn_activation_scales=False,
     )  # fmt: skip
     trained = sum(latent.numel() for latent in student.latents)
