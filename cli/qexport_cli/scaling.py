@@ -53,7 +53,8 @@ def scaling(
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of all that is drawn.")] = 0,
     topkld_steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Updates of fine-tuning with topkld (default 200).")
+        int | None,
+        typer.Option(metavar="N", help="Updates of fine-tuning with topkld, of 8 samples each (default 400)."),
     ] = None,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="Where models are judged, sampled and trained: cpu or cuda.")

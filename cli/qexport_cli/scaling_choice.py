@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = {
     "--families": "var-c10,dit-c10", "--wbits": "2,3,4,6,8,16", "--formats": "int,fp", "--methods": "rtn,gptq",
-    "--samples": 500, "--fd": 500, "--topkld-steps": 200,
+    "--samples": 500, "--fd": 500, "--topkld-steps": 400,
 }  # fmt: skip
 QUICK = {
     "--models": "var-c10-d2,dit-c10-d2,var-c10-d3,dit-c10-d3", "--wbits": "2,3,4,8,16", "--formats": "int",

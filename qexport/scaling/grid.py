@@ -69,7 +69,9 @@ class Measurement:
         trajectories: of a denoiser, from the same noise as the full-precision model's.
         fd: images generated for FD; 0 leaves it out.
         seed: of all that is drawn.
-        topkld_steps: updates of fine-tuning, of 16 samples each.
+        topkld_steps: updates of fine-tuning.
+        topkld_batch: samples of an update. Rows from before there was a choice do not name it: they had 16, and rates
+            of 0.01 (weights), 0.007 (scales) and 0 (what is not quantised) whatever the error.
         topkld_samples: samples that the teacher draws for it.
     """
 
@@ -80,7 +82,8 @@ class Measurement:
     trajectories: int = 20
     fd: int = 500
     seed: int = 0
-    topkld_steps: int = 200
+    topkld_steps: int = 400
+    topkld_batch: int = 8
     topkld_samples: int = 512
     features_sha256: str | None = None
 

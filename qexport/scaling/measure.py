@@ -144,16 +144,16 @@ class Bench:
         if run.trained:
             trained = distill(folded, recipe, solution, self._training(), work=work, device=self.files.device)
             solution = trained.solution
-            kept = ("loss", "settings", "data", "steps", "figure", "start", "best", "best_step", "wall_s")
+            kept = ("loss", "settings", "rates", "data", "steps", "figure", "start", "best", "best_step", "wall_s")
             settings["training"] = {"start_method": START} | {name: trained.report[name] for name in kept}
         return recipe, solution, settings
 
     def _training(self) -> DistillSettings:
-        """Batch and rates are these whatever the defaults: keys do not say, and all rows were made so."""
+        """Rates follow from the error whatever the defaults are: keys do not say."""
         steps = self.how.topkld_steps
         return DistillSettings(
             Distillation(), steps=steps, samples=self.how.topkld_samples, seed=self.how.seed,
-            evaluate_every=max(1, steps // 8), checkpoint_every=50, batch=16, lr=0.01, scale_lr=0.007, rest_lr=0.0,
+            evaluate_every=max(1, steps // 8), batch=self.how.topkld_batch, lr=None, scale_lr=None, rest_lr=None,
         )  # fmt: skip
 
     def run(self, run: Run, work: Path | None) -> Measured:

@@ -79,10 +79,10 @@ def test_the_key_follows_what_decides_the_result():
     assert key_of(run, files, replace(how, features_sha256="4f"), "1") not in {key, *others}
     assert "features_sha256" not in describe(how)
     # How fine-tuning is done concerns only runs that are fine-tuned.
-    longer = replace(how, topkld_steps=7)
-    assert key == key_of(run, files, longer, "1")
     trained = replace(run, method="topkld")
-    assert key_of(trained, files, how, "1") != key_of(trained, files, longer, "1")
+    for other in (replace(how, topkld_steps=7), replace(how, topkld_batch=7)):
+        assert key == key_of(run, files, other, "1")
+        assert key_of(trained, files, how, "1") != key_of(trained, files, other, "1")
 
 
 @pytest.mark.parametrize("wrong", [{"judged_tokens": 0}, {"fd": 1}, {"fd": -1}, {"topkld_samples": 64}])

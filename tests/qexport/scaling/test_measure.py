@@ -124,7 +124,9 @@ def test_fine_tuning_is_better_than_its_start_on_what_it_is_judged_by(var, tmp_p
     training = found.settings["training"]
     assert training["start_method"] == "gptq"
     assert training["steps"] == 2
-    assert training["settings"]["samples"] == 66
+    assert (training["settings"]["samples"], training["settings"]["batch"]) == (66, 8)
+    assert training["settings"]["lr"] is None
+    assert 0.005 < training["rates"]["lr"] < 0.01  # 0.017 of what 2 bits change
     assert training["best"] <= training["start"]
     assert list((tmp_path / "work").iterdir())  # where a run that is cut off goes on
 
