@@ -5,9 +5,10 @@ step. Where the settings name none, it follows from what quantisation did to a l
 
     e = ‖Q(w) − w‖ / ‖w‖
 
-where training starts. Weights and scales of the layer get `WEIGHT_SHARE` · e, so that one constant serves every width
-and format: fine codes want small steps, coarse ones great steps. What is not quantised gets `REST_SHARE` of the mean
-rate of the layers. The constants are measured (docs/topkld.md, "The rates"), not from a paper.
+where training starts. Weights and scales of the layer get a share of e that depends on the task (`Task.error_share`),
+so that one constant serves every width and format: fine codes want small steps, coarse ones great steps. What is not
+quantised gets `REST_SHARE` of the mean rate of the layers. The constants are measured (docs/topkld.md, "The rates"),
+not from a paper.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ from typing import Any
 from qexport.distill import processes
 from qexport.distill.settings import DistillSettings
 from qexport.distill.student import Student
-
-WEIGHT_SHARE = 0.017
-"""Of a layer's error, the rate of its weights and of its scales."""
 
 REST_SHARE = 0.7
 """Of the mean rate of the layers, the rate of what is not quantised."""
@@ -46,9 +44,9 @@ class Rates:
         return {"lr": self.mean, "scale_lr": fmean(self.scales.values()), "rest_lr": self.rest}
 
 
-def rates_of(errors: Mapping[str, float], settings: DistillSettings) -> Rates:
+def rates_of(errors: Mapping[str, float], settings: DistillSettings, share: float) -> Rates:
     """What the settings say, or what follows from the error of each layer, of which there is at least one."""
-    own = {layer: WEIGHT_SHARE * error for layer, error in errors.items()}
+    own = {layer: share * error for layer, error in errors.items()}
     weights, scales = (
         own if given is None else dict.fromkeys(own, given) for given in (settings.lr, settings.scale_lr)
     )

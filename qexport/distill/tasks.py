@@ -42,6 +42,11 @@ class Task(Protocol):
         """Whether the loss needs the teacher's output."""
         ...
 
+    @property
+    def error_share(self) -> float:
+        """Of a layer's error, the rate of its weights (`qexport.distill.rates`)."""
+        ...
+
     def predictor(self, generator: Generator) -> Callable[..., Tensor]:
         """The model's output from the tensors of a batch, with gradients."""
         ...
@@ -63,6 +68,7 @@ class TokenTask:
     """Teaching of a model that draws tokens."""
 
     figure = "kl"
+    error_share = 0.017
 
     def __init__(self, generator: Generator, loss: Distillation, scale_weights: Sequence[float] | None = None) -> None:
         """Take the loss, and weights of the scales (None: every token counts alike; else their mean is made 1).
@@ -118,6 +124,7 @@ class DenoiseTask:
 
     figure = "output_mse"
     needs_teacher = True
+    error_share = 0.007
 
     def __init__(self, generator: Generator) -> None:
         """Take the model for its steps, where it has any."""

@@ -90,7 +90,7 @@ class Trainer:
         if settings.sharded and processes.joined():
             student.divide()
         self._trained = [p for p in student.parameters() if p.requires_grad]
-        self.rates = rates_of(student.errors, settings)
+        self.rates = rates_of(student.errors, settings, task.error_share)
         fused = True if self._device.type == "cuda" else None  # each group has one tensor: a kernel, not a dozen
         self._optimiser = torch.optim.AdamW(groups(student, self.rates), lr=1.0, weight_decay=0.0, fused=fused)
         self._offloaded: OffloadedMoments | None = None

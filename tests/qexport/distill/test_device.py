@@ -90,7 +90,9 @@ def one_step(
     full = placed(full, "cpu")
     task = make_task(full, settings)
     student = Student(full, recipe, solution, task.predictor, task.place_steps)
-    rates = [group["lr"] for group in trainer_module.groups(student, rates_of(student.errors, settings))]
+    rates = [
+        group["lr"] for group in trainer_module.groups(student, rates_of(student.errors, settings, task.error_share))
+    ]
     teacher = copy.deepcopy(full)
     with mode:
         for generator in (teacher, student.generator):
