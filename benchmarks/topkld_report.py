@@ -298,7 +298,7 @@ def goals_of(rows: Sequence[Row]) -> list[str]:
         row = goal["row"]
         body.append(
             (
-                goal["model"], goal["scheme"], goal["limit"], "" if row is None else f"{figure_of(row):.4f}",
+                goal["model"], goal["scheme"], goal["limit"], "" if row is None else f"{figure_of(row):#.3g}",
                 "not measured" if row is None else "met" if goal["met"] else "**missed**",
                 "" if row is None else name_of(row["loss"], row.get("top_k")), "" if row is None else title_of(row),
             )
@@ -321,7 +321,7 @@ def rates_of(rows: Sequence[Row]) -> list[str]:
         (
             row["model"], row["scheme"], name_of(row["loss"], row.get("top_k")), row["steps"], row["data"],
             *(said(row["settings"].get(name, VARIED[name])) for name in used), row["seed"], row.get("device", "cpu"),
-            f"{figure_of(row):.4f}",
+            f"{figure_of(row):#.3g}",
         )
         for row in sorted(mine, key=lambda row: (in_order(row)[:2], row["loss"], row["steps"], figure_of(row)))
     ]  # fmt: skip

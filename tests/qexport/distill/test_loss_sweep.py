@@ -52,6 +52,19 @@ def test_other_settings_are_other_rows_and_reach_training(change: dict[str, obje
     assert getattr(settings, name) == (value[0] if isinstance(value, list) else value)
 
 
+def test_rates_by_error_are_rows_of_their_own() -> None:
+    """A row that names no rate has that of `VARIED`, so one by error needs a word of its own."""
+    auto = {name: [work.rate_of("auto")] for name in ("lr", "scale_lr", "rest_lr")}
+    usual, other = (work.jobs_of([work.sweep_of(SWEEP | {"baselines": False} | more)])[0] for more in ({}, auto))
+    assert work.key_of(usual.row) != work.key_of(other.row)
+    assert [other.row[name] for name in auto] == ["auto"] * 3
+    settings_of = import_module("topkld_quality").settings_of
+    assert [getattr(settings_of(other), name) for name in auto] == [None] * 3
+    assert [getattr(settings_of(usual), name) for name in auto] == [0.01, 0.007, 0.0]
+    assert work.rate_of("0.02") == 0.02
+    assert [work.said(value) for value in (None, "auto", 0.005)] == ["auto", "auto", "0.005"]
+
+
 def test_measured_rows_have_keys_of_their_own() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     assert len({work.key_of(row) for row in rows}) == len(rows)
