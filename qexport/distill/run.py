@@ -19,6 +19,7 @@ from qexport.distill import processes
 from qexport.distill.checkpoints import Checkpoints, key_of
 from qexport.distill.data import Samples, drawn_latents, drawn_tokens, with_null_labels
 from qexport.distill.memory import estimate_bytes, require_memory
+from qexport.distill.rates import REST_SHARE
 from qexport.distill.recompute import computing
 from qexport.distill.settings import DistillSettings
 from qexport.distill.student import Student, trained_graph
@@ -98,6 +99,7 @@ def distill(
                 version("qexport"), settings.to_json(), dict(generator.checkpoint_sha256), generator.entry.name,
                 recipe.to_toml(), _digest(solution), [] if data is None else _digest_samples(data),
                 *([] if device == "cpu" else [device]),
+                *([task.error_share, REST_SHARE] if None in (settings.lr, settings.scale_lr, settings.rest_lr) else []),
             )  # fmt: skip
             checkpoints = Checkpoints(work, key)
         samples = data or _drawn(teacher, settings, checkpoints, drawing)

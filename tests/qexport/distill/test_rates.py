@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,7 +104,7 @@ def test_scales_that_are_held_have_none(tiny: Generator, tiny_w2: Recipe) -> Non
 
 
 @pytest.mark.parametrize("wbits", [2, 4])
-def test_the_rates_of_nobody_serve_every_width(tiny: Generator, wbits: int) -> None:
+def test_rates_that_nobody_gave_serve_every_width(tiny: Generator, wbits: int) -> None:
     """A tenth and ten times of them get less far on held-out samples."""
     recipe, data = searched(tiny, wbits), drawn_tokens(tiny, 48, 0)
     base = DistillSettings(Distillation("forward"), steps=24, batch=8, samples=48, held_out=16, evaluate_every=24)
@@ -133,3 +135,23 @@ def test_a_denoiser_moves_by_less(dit: Generator) -> None:
     found = distill(dit, recipe, Solution(), settings, data=None).report["rates"]
     assert found["lr"] == found["scale_lr"] == pytest.approx(0.007 * mean)
     assert found["rest_lr"] == pytest.approx(0.7 * 0.007 * mean)
+
+
+@pytest.mark.parametrize(("settings", "again"), [(AUTO, True), (GIVEN, False)])
+def test_other_constants_are_another_run(
+    tiny: Generator,
+    tiny_w2: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: DistillSettings,
+    again: bool,
+) -> None:
+    """A run that is cut off does not go on at rates that follow from another constant; given rates ask for none."""
+    short = replace(settings, steps=2, batch=4, samples=12, held_out=4, evaluate_every=2)
+    data = drawn_tokens(tiny, 12, 0)
+    first = distill(tiny, tiny_w2, Solution(), short, data=data, work=tmp_path).report
+    assert distill(tiny, tiny_w2, Solution(), short, data=data, work=tmp_path).report["resumed_after"] == 2
+    monkeypatch.setattr(TokenTask, "error_share", 2 * SHARE)
+    other = distill(tiny, tiny_w2, Solution(), short, data=data, work=tmp_path).report
+    assert (other["resumed_after"] == 0) == again
+    assert (other["rates"] != first["rates"]) == again
