@@ -188,20 +188,29 @@ def test_a_head_of_equal_logits_has_exactly_k_tokens() -> None:
     assert (losses.head_mask(equal, 5).sum(-1) == 5).all()
 
 
-def _both_ways(p: Tensor, q: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-    return (log_p, log_q), (log_q, log_p)
+@pytest.mark.parametrize("k", [1, 9, VOCABULARY - 1])
+def test_a_head_is_of_the_likeliest(k: int) -> None:
+    """The order says so, and among equals at its edge any are taken."""
+    logits = pair(seed=9)[0].float()
+    want = torch.zeros_like(logits, dtype=torch.bool)
+    want.scatter_(-1, logits.argsort(descending=True)[:, :k], True)
+    assert torch.equal(losses.head_mask(logits, k), want)
+    logits[2] = logits[2].round()
+    mask = losses.head_mask(logits, k)
+    assert (mask.sum(-1) == k).all()
+    assert logits[2][mask[2]].min() >= logits[2][~mask[2]].max()
 
 
-def swapped(p: Tensor, q: Tensor, k: int) -> Tensor:
-    forward, reverse = (losses.divergence_terms(*pair) for pair in _both_ways(p, q))
-    return torch.where(losses.head_mask(p, k), reverse, forward).sum(-1)
+def swapped(p: Tensor, q: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    pair = losses.Pair(p, q)
+    terms, slope = pair.parted(~losses.head_mask(p, k))
+    return terms.sum(-1), pair.through_softmax(slope)
 
 
-def without_linear_terms(p: Tensor, q: Tensor, k: int) -> Tensor:
-    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-    r = log_p - log_q
-    return torch.where(losses.head_mask(p, k), log_p.exp() * r, -log_q.exp() * r).sum(-1)
+def without_linear_terms(p: Tensor, q: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    pair = losses.Pair(p, q)
+    head = losses.head_mask(p, k)
+    return torch.where(head, pair.p * pair.r, -pair.q * pair.r).sum(-1), pair.parted(head)[1]
 
 
 @pytest.mark.parametrize("wrong", [swapped, without_linear_terms])
@@ -211,11 +220,30 @@ def test_mutations_of_split_fail_the_value_test(monkeypatch: pytest.MonkeyPatch,
         test_value_is_the_definition("split", 9)
 
 
-def test_mutated_gradient_fails_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autograd through the naive form without the head's −p + q would leave −p."""
-    monkeypatch.setattr(losses, "forward_kl", lambda p, q: (p.softmax(-1) * (p.log_softmax(-1) - q)).sum(-1))
-    with pytest.raises(AssertionError):
-        test_gradient_is_the_closed_form("forward")
+def test_a_slope_that_skips_the_softmax_fails_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `forward` the slope is the gradient already; of the others it is not."""
+    monkeypatch.setattr(losses.Pair, "through_softmax", lambda self, slope: slope)
+    for name in ("reverse", "js", "split", "mixed"):
+        with pytest.raises(AssertionError):
+            test_gradient_is_the_closed_form(name)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_careful_forms_are_the_plain_ones(name: str) -> None:
+    """One position with a probability of 0 sends all that are computed with it through the careful forms."""
+    z_p, z_q, tokens = pair(seed=8)
+    assert losses.Pair(z_p, z_q).plain
+    loss = Distillation(name, top_k=7, boost=0.6)
+    want, wanted_gradient = loss(z_p, z_q, tokens), gradient(name, z_p, z_q, tokens)
+    far = torch.zeros(1, VOCABULARY, dtype=torch.float64)
+    far[0, 0] = 100.0
+    more_p, more_q = torch.cat((z_p, far)), torch.cat((z_q, far))
+    assert not losses.Pair(more_p, more_q).plain
+    more_tokens = torch.cat((tokens, tokens[:1]))
+    torch.testing.assert_close(loss(more_p, more_q, more_tokens)[:-1], want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        gradient(name, more_p, more_q, more_tokens)[:-1], wanted_gradient, rtol=1e-12, atol=1e-15
+    )
 
 
 def test_teacher_gets_no_gradient() -> None:
