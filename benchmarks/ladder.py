@@ -15,7 +15,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ import torch
 
 from qexport.errors import QexportError
 from qexport.export import export
-from qexport.family import Generator, Part
+from qexport.family import Generator
 from qexport.formats import get_format
-from qexport.graph import capture
 from qexport.methods import parse_method
 from qexport.pipeline import load_generator
 from qexport.recipe import Calibration, Recipe, Rule
@@ -117,19 +116,6 @@ def unchanged(generator: Generator) -> Iterator[None]:
                 value.copy_(old)
 
 
-def trace_once() -> None:
-    """Each part is traced once in this process; a trace holds no weights, so it fits every scheme."""
-    trace, known = capture._trace, {}
-
-    def once(part: Part, sizes: Mapping[str, int]) -> Any:
-        key = id(part.modules[0]), part.inputs, part.outputs  # a graph without parts makes itself one every time
-        if key not in known:
-            known[key] = part, trace(part, sizes)  # the part is kept, so that no other module gets its identity
-        return known[key][1]
-
-    capture._trace = once
-
-
 def judged(report: VerifyReport) -> dict[str, Any]:
     """Passed and failed rungs, and the check that came nearest to its limit."""
     near = [(c.value / c.limit, c) for c in report.checks if c.limit > 0 and math.isfinite(c.value)]
@@ -194,7 +180,6 @@ def main() -> None:
     old = json.loads(path.read_text()) if path.exists() and not options.anew else {"rows": []}
     done = {(row["model"], row["scheme"]): row for row in old["rows"] if old.get("samples") == options.samples}
     left = []
-    trace_once()
     for model in options.models:
         generator = load_generator(model)
         order = list(rules_of(generator))

@@ -5,7 +5,8 @@ parameter's value withheld: constants fold, weights keep their names and are nev
 comes back knows each parameter by name only; `passes.attach` gives it bytes.
 
 Tracing costs seconds per transformer block, most of it in symbolic shapes, so each part of a graph is traced once and
-`qexport.graph.compose` lays out the copies.
+`qexport.graph.compose` lays out the copies. A process that captures the same architecture again, with other weights or
+for another scheme, does not trace it again (`qexport.graph.signature`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -23,6 +25,7 @@ from onnxscript import optimizer
 
 from qexport.family import GraphSpec, Part, Port
 from qexport.graph.compose import compose
+from qexport.graph.signature import signature
 from qexport.plan import dim_size
 
 CAPTURE_OPSET = 23
@@ -33,19 +36,38 @@ FOLD_INPUT_ELEMENTS = 4096
 FOLD_OUTPUT_ELEMENTS = 65536
 
 
+KEPT_TRACES = 32
+"""Parts whose traces a process keeps, the latest used."""
+
+_traces: OrderedDict[Hashable, ir.Model] = OrderedDict()
+
+
 def capture(spec: GraphSpec) -> ir.Model:
     """The graph of `spec`: ports named and shaped as declared, parameters as initialisers without value.
 
     No weight is copied: tracing works on fake tensors, and the captured values are dropped.
     """
     with _quiet():
-        traced = [_trace(part, spec.example_dims) for part in spec.all_parts]
+        traced = [_traced(part, spec.example_dims) for part in spec.all_parts]
     return compose(spec, traced)
 
 
 def parameter_names(model: ir.Model) -> list[str]:
     """Names of the initialisers that still want bytes, in graph order."""
     return [name for name, value in model.graph.initializers.items() if value.const_value is None]
+
+
+def _traced(part: Part, sizes: Mapping[str, int]) -> ir.Model:
+    """What `_trace` gives, made once for equal modules; not to be changed."""
+    same = signature(part.modules[0])
+    if same is None:
+        return _trace(part, sizes)
+    key = same, part.inputs, tuple(sorted(sizes.items()))
+    model = _traces.pop(key, None) or _trace(part, sizes)
+    _traces[key] = model
+    if len(_traces) > KEPT_TRACES:
+        _traces.popitem(last=False)
+    return model
 
 
 def _trace(part: Part, sizes: Mapping[str, int]) -> ir.Model:

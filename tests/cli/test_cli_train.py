@@ -16,7 +16,6 @@ from qexport_cli.quantize_choice import choose
 from qexport_cli.quantize_train import parse_train
 from support import CHECKPOINTS
 from tiny_models import tiny_llamagen
-from tracing import traced_once
 
 from qexport import pipeline
 from qexport.bundle import Bundle
@@ -43,8 +42,7 @@ def models() -> Iterator[dict[str, Generator]]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with traced_once():
-        yield {"tiny": tiny_var(), "llamagen-tiny": tiny_llamagen()}
+    yield {"tiny": tiny_var(), "llamagen-tiny": tiny_llamagen()}
     torch.set_num_threads(threads)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from qexport_models.strict_load import build_strict
 from safetensors.torch import save_file
 from support import published_lists, state_of, tensors
 
-import qexport.graph.capture as capture
 import qexport.runtime as runtime
 from qexport.bundle import Bundle
 from qexport.errors import CheckpointError
@@ -95,19 +94,10 @@ def references() -> dict[int, Player[Any]]:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Bundle]]:
-    """One bundle for each width. Traces hold no weights, so the three share them: tracing takes nearly all the time."""
-    folder, traced, trace = tmp_path_factory.mktemp("llamagen"), {}, capture._trace
-
-    def once(part: Any, sizes: Any) -> Any:
-        key = (part.inputs, part.outputs)
-        if key not in traced:
-            traced[key] = trace(part, sizes)
-        return traced[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "_trace", once)
-        yield {bits: export(build(), recipe(bits), folder / str(bits), progress=lambda *_: None) for bits in BITS}
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Bundle]:
+    """One bundle for each width."""
+    folder = tmp_path_factory.mktemp("llamagen")
+    return {bits: export(build(), recipe(bits), folder / str(bits), progress=lambda *_: None) for bits in BITS}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
-from tracing import traced_once
 
 from qexport import pipeline
 from qexport import solve as solve_module
@@ -42,14 +40,8 @@ class KilledError(Exception):
     """What the tests end a run with."""
 
 
-@pytest.fixture(scope="module")
-def captured() -> Iterator[None]:
-    with traced_once():
-        yield
-
-
 @pytest.fixture
-def quantize(tiny: Generator, tiny_w2: Recipe, captured: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def quantize(tiny: Generator, tiny_w2: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`qexport.pipeline.quantize` of the tiny model, in an empty folder."""
     monkeypatch.setattr(pipeline, "load_generator", lambda *given: tiny)
     monkeypatch.chdir(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 from feature_support import WIDTH
-from tracing import traced_once
 
 from qexport.bundle import Manifest
 from qexport.bundle.manifest import FileEntry
@@ -41,13 +40,6 @@ def generator() -> Generator:
     """The full-precision model of `sound_bundle`; not to be changed."""
     family, entry = find_model(MODEL)
     return family.load(entry, None, None)
-
-
-@pytest.fixture(scope="session")
-def captured() -> Iterator[None]:
-    """Each part is traced once."""
-    with traced_once():
-        yield
 
 
 @pytest.fixture

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import tiny_shared_aln
-from tracing import traced_once
 
 from qexport.bundle import Bundle
 from qexport.errors import InputError
@@ -74,10 +72,9 @@ def schemes() -> dict[str, tuple[Rule, ...]]:
 
 
 @pytest.fixture(scope="module")
-def generator() -> Iterator[Generator]:
-    """One model for all, so that it is traced once."""
-    with traced_once():
-        yield tiny_shared_aln()
+def generator() -> Generator:
+    """One model for all."""
+    return tiny_shared_aln()
 
 
 def write(generator: Generator, rules: tuple[Rule, ...], out: Path) -> Bundle:

@@ -61,13 +61,13 @@ def schemes() -> list[Recipe]:
 
 
 @pytest.fixture(scope="module")
-def mixed(generator: Generator, captured: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixed(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scales of the step in the blocks, a weight-only head, an int8 decoder with static activations."""
     return write(generator, schemes()[-1], tmp_path_factory.mktemp("mixed") / "bundle").path
 
 
 @pytest.fixture(scope="module")
-def static(generator: Generator, captured: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def static(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(generator, schemes()[0], tmp_path_factory.mktemp("static") / "bundle").path
 
 
@@ -78,7 +78,7 @@ def damaged(static: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("recipe", schemes()[1:-1], ids=lambda recipe: recipe.name)
 @pytest.mark.slow
-def test_every_kind_passes(recipe: Recipe, generator: Generator, captured: None, tmp_path: Path) -> None:
+def test_every_kind_passes(recipe: Recipe, generator: Generator, tmp_path: Path) -> None:
     bundle = write(generator, recipe, tmp_path / "bundle")
     report = check(bundle.path, generator)
     assert report.passed, [(found.name, found.detail) for found in report.failures]

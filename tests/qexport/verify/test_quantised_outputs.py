@@ -50,7 +50,7 @@ def write(generator: Generator, out: Path) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def integers(generator: Generator, captured: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def integers(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """var-c10-d2 with an int8 decoder, portable and lowered; not to be written to."""
     return write(generator, tmp_path_factory.mktemp("outputs") / "bundle").path
 
@@ -110,7 +110,7 @@ def test_graphs_load_at_the_default_level(damaged: Path) -> None:
 
 
 @pytest.mark.slow
-def test_graphs_of_a_kl_autoencoder_load_at_the_default_level(captured: None, tmp_path: Path) -> None:
+def test_graphs_of_a_kl_autoencoder_load_at_the_default_level(tmp_path: Path) -> None:
     family, entry = find_model("dit-c10-d2")
     bundle = write(family.load(entry, None, None), tmp_path / "bundle")
     graph = onnx.load(str(bundle.graph_files(TARGET)["decode"]), load_external_data=False).graph

@@ -20,7 +20,7 @@ from qexport.verify.solved_codes import NAME, SolvedCodes, check_solved
 
 
 @pytest.fixture(scope="module")
-def solved(generator: Generator, captured: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def solved(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = Recipe("gptq", (Rule("blocks.*.fc2", preset(4).weight, "gptq"),), calibration=Calibration(samples=4))
     solution = solve(generator, recipe)
     assert set(solution.weights) == {LAYER, TWIN}

@@ -23,7 +23,7 @@ RECORD = {"method": "topkld", "loss": "split", "top_k": 900, "start_from": "rtn"
 
 
 @pytest.fixture(scope="module")
-def trained(generator: Generator, captured: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two matrices, from rounding to nearest, a few steps: their codes are not what the recipe says."""
     recipe = Recipe("rtn", (Rule("blocks.*.fc2", preset(4).weight, "rtn"),))
     settings = DistillSettings(steps=4, batch=4, samples=12, held_out=4, evaluate_every=1, rest_lr=0.0)

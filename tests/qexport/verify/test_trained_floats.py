@@ -47,9 +47,7 @@ def found(generator: Generator, recipe: Recipe) -> Distilled:
 
 
 @pytest.fixture(scope="module")
-def trained(
-    generator: Generator, recipe: Recipe, found: Distilled, captured: None, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def trained(generator: Generator, recipe: Recipe, found: Distilled, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert found.report["best_step"] > 0
     out = tmp_path_factory.mktemp("floats") / "bundle"
     return export(
