@@ -112,7 +112,7 @@ def check_child(model: str, folder: str) -> dict[str, Any]:
     from qexport.family import load_random
     from qexport.numerics.metrics import relative_l2
     from qexport.quantize import apply_stored, stored_weights
-    from qexport.recipe import Recipe
+    from qexport.recipe_toml import read_recipe
     from qexport.reference.backend import torch_player
     from qexport.runtime import CallRecord
     from qexport.runtime.session import make_session
@@ -123,7 +123,7 @@ def check_child(model: str, folder: str) -> dict[str, Any]:
 
     bundle = Bundle.open(folder, check="size")
     generator = load_random(model, SEED)
-    apply_stored(generator, stored_weights(generator, Recipe.from_toml(Path(bundle.path) / bundle.manifest.recipe)))
+    apply_stored(generator, stored_weights(generator, read_recipe(Path(bundle.path) / bundle.manifest.recipe)))
     graph = generator.plan.calls[0].graph
     spec = generator.graph(graph)
     calls: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []

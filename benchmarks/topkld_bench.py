@@ -28,6 +28,7 @@ from qexport.distill import image_tokens as tokens_of_images
 from qexport.family import Generator, LogitModel, find_model
 from qexport.methods import parse_method
 from qexport.recipe import Recipe, recipe_for
+from qexport.recipe_toml import recipe_text
 from qexport.reference import Interception, apply_folds, torch_player
 from qexport.reference.device import placed, to_device
 from qexport.reference.fake_quant import fake_quantise
@@ -105,7 +106,7 @@ class Bench:
     def start(self, recipe: Recipe) -> tuple[Generator, Solution, float]:
         """The folded model and the solution of post-training quantisation, and the seconds of whoever found it."""
         folded = copy.deepcopy(self.plain)
-        text = recipe.to_toml()  # schemes may share a name: W2 and ternary do
+        text = recipe_text(recipe)  # schemes may share a name: W2 and ternary do
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         path = self.work / "starts" / f"{self.name}-{recipe.name}-{digest}.pickle"
         if not path.exists():

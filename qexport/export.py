@@ -17,6 +17,7 @@ from qexport.numerics.packing import pack, transposed
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.quantize import StoredWeight, assign_rules, output_specs, places_of, require_exportable, stored_weights
 from qexport.recipe import Recipe, Rule
+from qexport.recipe_toml import recipe_text
 from qexport.remarks import Remark, summary
 from qexport.scheme import ActivationSpec, PerChannel, PerGroup, TensorSpec
 from qexport.solution import Activation, Solution
@@ -91,7 +92,7 @@ def export(
             for name, array in all_tables.items()
         }
         writer.weights.close()
-        writer.write(RECIPE_FILE, recipe.to_toml().encode())
+        writer.write(RECIPE_FILE, recipe_text(recipe).encode())
         found = calibration_bytes(solution)
         if found:
             writer.write(CALIBRATION, found)

@@ -50,12 +50,12 @@ def choose(options: Mapping[str, Any], recipe: Path | None, taught: Mapping[str,
     if asked and given.get("--wbits") == 16:
         raise InputError(f"{TOPKLD} has no meaning with --wbits 16, which keeps floating point")
     if recipe is not None:
-        from qexport.recipe import Recipe
+        from qexport.recipe_toml import read_recipe
 
         if given:
             option = next(iter(given))
             raise InputError(f"--recipe says what {option} says, for each layer; leave {option} out, or edit {recipe}")
-        read = Recipe.from_toml(recipe)
+        read = read_recipe(recipe)
         return Choice(None, read, training_of(asked, read.calibration.seed))
     training = training_of(asked, given.get("--seed", 0))
     return Choice(_request(given, training is not None), None, training)

@@ -29,6 +29,7 @@ from qexport.errors import InputError
 from qexport.family import Generator
 from qexport.quantize import as_stored
 from qexport.recipe import Recipe
+from qexport.recipe_toml import recipe_text
 from qexport.reference.device import choose_device, device_name, placed
 from qexport.solution import Solution
 
@@ -97,7 +98,7 @@ def distill(
         if work is not None:
             key = key_of(
                 version("qexport"), settings.to_json(), dict(generator.checkpoint_sha256), generator.entry.name,
-                recipe.to_toml(), _digest(solution), [] if data is None else _digest_samples(data),
+                recipe_text(recipe), _digest(solution), [] if data is None else _digest_samples(data),
                 *([] if device == "cpu" else [device]),
                 *([task.error_share, REST_SHARE] if None in (settings.lr, settings.scale_lr, settings.rest_lr) else []),
             )  # fmt: skip

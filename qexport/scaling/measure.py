@@ -22,6 +22,7 @@ from qexport.errors import InputError, UnsupportedError
 from qexport.family import FeatureExtractor, Generator, find_model
 from qexport.methods import parse_method
 from qexport.recipe import Recipe
+from qexport.recipe_toml import recipe_text
 from qexport.reference import torch_player
 from qexport.reference.device import device_name, device_of, placed, to_device
 from qexport.reference.twin import quantised_twin
@@ -177,7 +178,7 @@ class Bench:
         settings |= {"measurement": describe(self.how), "judged_on": found["source"]}
         if self.files.device != "cpu":
             settings["device"] = device_name(self.files.device)
-        settings |= {"checkpoints": dict(self.plain.checkpoint_sha256), "recipe": recipe.to_toml()}
+        settings |= {"checkpoints": dict(self.plain.checkpoint_sha256), "recipe": recipe_text(recipe)}
         if (given := self.files.checkpoint(run.model)) is not None:
             settings[CHECKPOINT_FILE] = Path(given).name
         return Measured(figures, cost_of(self.plain, rows, self.macs), arrays, settings)

@@ -23,6 +23,7 @@ from qexport.family import Generator
 from qexport.hidden import replacing
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.recipe import Recipe, Rule
+from qexport.recipe_toml import recipe_text
 from qexport.remarks import Remark
 from qexport.solution import Activation, Solution
 
@@ -68,7 +69,7 @@ class Workplace:
             "model": generator.entry.name,
             "source": generator.entry.source,
             "checkpoints": dict(generator.checkpoint_sha256),
-            "recipe": recipe.to_toml(),
+            "recipe": recipe_text(recipe),
         }
         key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:_KEY_DIGITS]
         self.folder = work / key

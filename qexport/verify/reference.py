@@ -23,7 +23,8 @@ from qexport.graph.step_scales import per_step_layers
 from qexport.numerics.quantized import QuantizedTensor
 from qexport.plan import Plan
 from qexport.quantize import StoredWeight, assign_rules, output_specs, places_of
-from qexport.recipe import Recipe, Rule
+from qexport.recipe import Rule
+from qexport.recipe_toml import read_recipe
 from qexport.reference.twin import quantised_twin
 from qexport.solution import Activation
 from qexport.verify.checks import NOWHERE, Check, Place, at_most
@@ -80,7 +81,7 @@ def load_models(
     if reason:
         return reason
     try:
-        recipe = Recipe.from_toml(bundle.path / bundle.manifest.recipe)
+        recipe = read_recipe(bundle.path / bundle.manifest.recipe)
         rules = assign_rules(generator, recipe)
     except InputError as error:
         return f"the recipe in the bundle cannot be replayed: {error}"

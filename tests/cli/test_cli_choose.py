@@ -9,7 +9,7 @@ import pytest
 from conftest import MODEL
 
 from qexport.bundle import Bundle
-from qexport.recipe import Recipe
+from qexport.recipe_toml import read_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -58,7 +58,7 @@ def test_auto_writes_recipe_plot_and_bundle_within_the_budget(run, tmp_path):
     assert BUDGET - 0.5 < figures["bits_per_weight_quantized"] <= BUDGET
     bundle = Bundle.open(out, "full")
 
-    recipe = Recipe.from_toml(out / "recipe.toml")
+    recipe = read_recipe(out / "recipe.toml")
     chosen = figures["sensitivity"]["chosen"]
     assert {rule.layers: str(rule.weight) for rule in recipe.rules} == chosen
     assert {

@@ -12,6 +12,7 @@ from qexport.bundle import Bundle
 from qexport.errors import InputError
 from qexport.pipeline import quantize
 from qexport.recipe import Recipe, Rule
+from qexport.recipe_toml import read_recipe
 from qexport.runtime import load
 from qexport.scheme import preset
 
@@ -89,7 +90,7 @@ def test_the_same_input_gives_the_same_bytes(bundle, tmp_path):
 
 
 def test_the_recipe_in_the_bundle_replays_it(bundle, tmp_path):
-    again = quantize(MODEL, recipe=Recipe.from_toml(bundle.path / "recipe.toml"), out=tmp_path / "replayed")
+    again = quantize(MODEL, recipe=read_recipe(bundle.path / "recipe.toml"), out=tmp_path / "replayed")
     assert again.manifest.digest == bundle.manifest.digest
 
 

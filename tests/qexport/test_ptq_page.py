@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from qexport import recipe as recipes
+from qexport import recipe_toml as toml
 from qexport.algorithms import ALGORITHMS, SMOOTHERS
 from qexport.pipeline import quantize
-from qexport.recipe import Recipe
+from qexport.recipe_toml import read_recipe
 from qexport.scheme import ACTIVATION_SCALES, OBSERVERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "ptq.md"
@@ -24,7 +24,12 @@ def described() -> dict[str, str]:
 
 
 def test_every_key_of_a_recipe_is_described():
-    known = {*recipes._RECIPE_KEYS, *recipes._CALIBRATION_KEYS, *recipes._QUANTISE_KEYS, *recipes._KEEP_KEYS}
+    known = {
+        *toml._RECIPE_KEYS,
+        *toml._CALIBRATION_KEYS,
+        *toml._QUANTISE_KEYS,
+        *toml._KEEP_KEYS,
+    }
     assert set(described()) == known
 
 
@@ -35,7 +40,7 @@ def test_every_key_of_a_recipe_is_described():
         ("smooth", SMOOTHERS),
         ("observer", OBSERVERS),
         ("activation_scales", ACTIVATION_SCALES),
-        ("granularity", recipes._GRANULARITIES),
+        ("granularity", toml._GRANULARITIES),
     ],
 )
 def test_every_value_is_named(key, values):
@@ -46,9 +51,9 @@ def test_the_printed_recipe_does_what_the_page_says(tmp_path):
     (text,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     file = tmp_path / "example.toml"
     file.write_text(text)
-    example = Recipe.from_toml(file)
+    example = read_recipe(file)
     bundle = quantize("var-c10-d2", recipe=example, out=tmp_path / "bundle")
-    assert Recipe.from_toml(bundle.path / "recipe.toml") == example
+    assert read_recipe(bundle.path / "recipe.toml") == example
     rows = {row["name"]: row for row in bundle.manifest.layers}
 
     def facts(layer: str, *keys: str) -> tuple:

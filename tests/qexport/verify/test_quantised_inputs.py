@@ -20,6 +20,7 @@ from qexport.family import Generator, find_model
 from qexport.formats import get_format
 from qexport.quantize import assign_rules
 from qexport.recipe import Recipe, Rule, recipe_for
+from qexport.recipe_toml import read_recipe
 from qexport.scheme import ActivationSpec, PerChannel, PerStep, TensorSpec, preset
 from qexport.solution import Solution
 from qexport.verify import VerifyReport, verify
@@ -98,7 +99,7 @@ def test_static_int8_is_fused_and_its_file_is_read_back(static: Path, generator:
     report = check(static, generator)
     assert report.passed, [(found.name, found.detail) for found in report.failures]
     assert set(report.placement["serve"]["step"]["layers"].values()) == {"MatMulIntegerToFloat"}
-    recipe = Recipe.from_toml(static / "recipe.toml")
+    recipe = read_recipe(static / "recipe.toml")
     assert (
         calibration_bytes(read_calibration(static, assign_rules(generator, recipe)))
         == (static / CALIBRATION).read_bytes()
@@ -200,7 +201,7 @@ def test_calibration_file_damaged(
     root = Path(shutil.copytree(static, tmp_path / "damaged"))
     path = root / CALIBRATION
     if damage == "less":
-        found = read_calibration(static, assign_rules(generator, Recipe.from_toml(root / "recipe.toml")))
+        found = read_calibration(static, assign_rules(generator, read_recipe(root / "recipe.toml")))
         rest = {layer: activation for layer, activation in found.activations.items() if layer != LAYER}
         path.write_bytes(calibration_bytes(replace(found, activations=rest)))
     elif damage == "cut":
