@@ -40,11 +40,13 @@ class Check:
 
 def environment() -> dict[str, Any]:
     """Versions and hardware as plain data."""
+    from qexport.targets.processor import usable_cores
+
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "providers": _providers(),
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "usable": _usable_cores()},
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "usable": usable_cores()},
         "memory_bytes": _memory_bytes(),
         "cuda_devices": _cuda_devices(),
     }
@@ -148,10 +150,6 @@ def _cuda_devices() -> int:
     from qexport.targets.ort_cuda import device_count
 
     return device_count()
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from qexport.errors import InputError, QexportError
 from qexport.scaling.grid import Measurement, Run, key_of
 from qexport.scaling.store import Measured, Store
+from qexport.targets.processor import usable_cores
 
 Measure = Callable[..., Measured]
 """`(run, key, how, files)` → what it gave; a function of a module, since other processes must find it."""
@@ -78,8 +79,13 @@ def keyed(
 
 
 def threads_for(jobs: int) -> int:
-    """Threads of torch in each of `jobs` processes."""
-    return max(1, (os.cpu_count() or 1) // jobs)
+    """Threads of torch in each of `jobs` processes: OMP_NUM_THREADS where it is set, else a share of the cores.
+
+    More threads than cores, those of other processes counted, wait for one another: two processes of two threads on
+    two cores take several times as long as two of one.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # OpenMP knows lists, of which the first counts
+    return int(asked) if asked.isdecimal() and int(asked) else max(1, usable_cores() // jobs)
 
 
 def sweep(task: Task, jobs: int = 1, progress: Progress | None = None) -> Outcome:

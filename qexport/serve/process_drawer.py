@@ -22,6 +22,7 @@ from qexport.serve.drawers import Batch, LostError
 from qexport.serve.failures import BrokenError
 from qexport.serve.logs import event
 from qexport.serve.worker import work
+from qexport.targets.processor import usable_cores
 
 END_S = 5.0
 """How long a process may take to notice that its pipe is closed; one in the middle of a batch is killed then."""
@@ -141,5 +142,4 @@ def devices_of(worker: int, count: int, visible: str | None = None) -> str | Non
 
 def threads_of(workers: int, threads: int | None) -> int:
     """CPU threads for each worker: as asked for, or an even share of the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return threads if threads is not None else max(1, cores // workers)
+    return threads if threads is not None else max(1, usable_cores() // workers)

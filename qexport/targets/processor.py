@@ -1,7 +1,8 @@
-"""What the processor can do that decides about kernels of ONNX Runtime's CPU provider."""
+"""What the processor can do: kernels of ONNX Runtime's CPU provider depend on it, and how work is shared."""
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -19,3 +20,8 @@ def sums_exactly() -> bool:
         return False
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
     return not EXACT.isdisjoint(flags)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which a container or a batch system may have made fewer."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -40,3 +40,10 @@ def test_weights_become_uint8_where_sums_might_saturate(cpuinfo, text, exact, op
     entries = session_config("cpu", options, INTEGERS).entries
     assert (PRECISE not in entries) is exact
     assert PRECISE not in session_config("cpu", options, QuantTraits(convolution=True)).entries
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(processor.os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    assert processor.usable_cores() == 2
+    monkeypatch.delattr(processor.os, "sched_getaffinity")
+    assert processor.usable_cores() == processor.os.cpu_count()

@@ -14,7 +14,7 @@ import pytest
 
 from qexport.errors import InputError
 from qexport.scaling.store import Store
-from qexport.scaling.sweep import sweep
+from qexport.scaling.sweep import sweep, threads_for
 
 RUNS = 60
 KILLS = 10
@@ -111,6 +111,26 @@ def test_a_run_that_fails_stops_no_other(tmp_path):
     with Store(tmp_path / "s.sqlite") as store:
         assert store.claims() == {}
     assert sweep(task).failed == outcome.failed  # tried anew
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "jobs", "threads"),
+    [
+        (None, 8, 1, 8),
+        (None, 8, 3, 2),
+        (None, 2, 4, 1),
+        ("1", 8, 1, 1),
+        ("3", 8, 8, 3),
+        ("4,2", 8, 1, 4),
+        ("", 8, 2, 4),
+    ],
+)
+def test_threads_are_what_was_asked_for_or_a_share(monkeypatch, asked, cores, jobs, threads):
+    monkeypatch.setattr("qexport.scaling.sweep.usable_cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert threads_for(jobs) == threads
 
 
 def test_no_process_is_too_few(tmp_path):
