@@ -32,20 +32,25 @@ def signature(module: nn.Module) -> Hashable | None:
 
     Code is taken to be what the classes' `forward` is; functions that it calls are not looked into.
     """
+    seen: dict[int, int] = {}
     try:
         return tuple(
-            (name, type(own), type(own).forward, own.training, _state(own), _attributes(own))
+            (name, type(own), type(own).forward, own.training, _state(own, seen), _attributes(own))
             for name, own in module.named_modules(remove_duplicate=False)
         )
     except _NotPlainError:
         return None
 
 
-def _state(module: nn.Module) -> Hashable:
+def _state(module: nn.Module, seen: dict[int, int]) -> Hashable:
+    """Names, shapes and dtypes, and which tensors are one: a tied weight is traced under one of its names."""
     if any(getattr(module, name) for name in _HOOKS):
         raise _NotPlainError
-    held = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return tuple((name, tuple(value.shape), value.dtype) for name, value in held)
+    held = (
+        *module.named_parameters(recurse=False, remove_duplicate=False),
+        *module.named_buffers(recurse=False, remove_duplicate=False),
+    )
+    return tuple((name, tuple(value.shape), value.dtype, seen.setdefault(id(value), len(seen))) for name, value in held)
 
 
 def _attributes(module: nn.Module) -> Hashable:
@@ -63,7 +68,7 @@ def _plain(value: Any) -> Hashable:
     if isinstance(value, Mapping):
         return type(value), tuple((_plain(key), _plain(item)) for key, item in value.items())
     if isinstance(value, torch.Tensor | np.ndarray):
-        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+        array = _array(value)
         return type(value), str(array.dtype), array.shape, array.tobytes()
     if isinstance(value, types.BuiltinFunctionType) or (
         isinstance(value, types.FunctionType) and value.__closure__ is None
@@ -74,3 +79,14 @@ def _plain(value: Any) -> Hashable:
             (field.name, _plain(getattr(value, field.name))) for field in dataclasses.fields(value)
         )
     raise _NotPlainError
+
+
+def _array(value: torch.Tensor | np.ndarray) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        try:
+            value = value.detach().cpu().numpy()
+        except (TypeError, RuntimeError) as error:  # bfloat16, sparse, on no device
+            raise _NotPlainError from error
+    if value.dtype.hasobject:
+        raise _NotPlainError
+    return value

@@ -23,5 +23,5 @@ def sums_exactly() -> bool:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, which a container or a batch system may have made fewer."""
+    """Cores that this process may run on, which a batch system may have made fewer; no quotas."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,19 @@ def with_dropout() -> nn.Module:
 def with_hook() -> nn.Module:
     layer = Layer()
     layer.fc.register_forward_hook(lambda *_: None)
+    return layer
+
+
+def tied() -> nn.Module:
+    """As `untied`, but for one weight that two layers share."""
+    layer = untied()
+    layer.again.weight = layer.fc.weight
+    return layer
+
+
+def untied() -> Layer:
+    layer = Layer()
+    layer.again = nn.Linear(4, 4)
     return layer
 
 
@@ -80,8 +94,14 @@ def test_each_of_them_is_another() -> None:
 
 def test_what_cannot_be_told_has_none() -> None:
     shift = 1
-    for layer in (with_hook(), Layer(act=lambda x: x + shift), Layer(extra=object()), Layer(extra=[object()])):
+    unknown = [object(), [object()], torch.ones(1, dtype=torch.bfloat16), torch.ones(1, device="meta"), np.array([{}])]
+    for layer in (with_hook(), Layer(act=lambda x: x + shift), *(Layer(extra=value) for value in unknown)):
         assert signature(layer) is None
+
+
+def test_weights_that_are_one_count() -> None:
+    assert signature(tied()) == signature(tied()) is not None
+    assert signature(tied()) != signature(untied()) is not None
 
 
 def spec_of(layer: nn.Module) -> GraphSpec:
