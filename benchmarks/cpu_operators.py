@@ -40,14 +40,15 @@ WARM_UP = 2
 class Profiled:
     """A form of the bundle, whose sessions write down what each node takes."""
 
-    def __init__(self, bundle: Bundle, files: Mapping[str, Path], root: Path, options: argparse.Namespace) -> None:
+    def __init__(
+        self, bundle: Bundle, files: Mapping[str, Path], root: Path, profiles: str, options: argparse.Namespace
+    ) -> None:
         self.sessions = {}
-        self.folder = tempfile.mkdtemp(prefix="qexport-operators-")
         for name, file in files.items():
             config = session_config("cpu", "serve", quant_traits(bundle.manifest, name))
             made = session_options(config, options.threads)
             made.enable_profiling = True
-            made.profile_file_prefix = f"{self.folder}/{name}"
+            made.profile_file_prefix = f"{profiles}{name}"
             self.sessions[name] = open_session(model_of(file, root, made), made, config, str(file))
         self.player = Player(bundle.plan, OrtBackend(self.sessions, "cpu"), bundle.tables())
         self.inputs = some_labels(self.player, options.batch, bundle.manifest.model.num_classes)
@@ -134,8 +135,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         twin = write_twin(bundle, Path(folder), "fp32", "cpu")
         forms = {
-            ours: Profiled(bundle, bundle.graph_files(options.target), bundle.path, options),
-            "fp32": Profiled(bundle, twin, Path(folder), options),
+            ours: Profiled(bundle, bundle.graph_files(options.target), bundle.path, f"{folder}/ours-", options),
+            "fp32": Profiled(bundle, twin, Path(folder), f"{folder}/fp32-", options),
         }
         for _ in range(WARM_UP + options.plays):
             for form in forms.values():
